@@ -1,0 +1,727 @@
+"""What is to be captioned: a folder, a glob, one image or a manifest, frozen to Parquet units.
+
+A unit is a file of consecutive input rows in a fixed order. Its columns are the input's columns
+(without image bytes), then `id`, `description`, and the image as `_image_uri` (text, absolute) or
+`_image_bytes` (binary). All that a user can get wrong about the input is found here, before
+anything is started, as one `CatalogError`; an image that cannot be read is a failed row, later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import functools
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import posixpath
+import random
+import re
+import stat
+import time
+import urllib.parse
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+from pyarrow import fs
+
+# fmt: off
+OUTPUT_COLUMNS: Final = (
+    "id", "caption", "style", "caption_score", "description", "status", "needs_review",
+    "error_class", "error_message", "image_sha256", "width", "height", "model_id",
+    "model_revision", "fingerprint", "run_id", "seed", "num_generated_tokens", "generated_at",
+)
+# fmt: on
+"""Columns that a run adds; an input column of such a name is kept as `input_NAME`."""
+
+MAX_FILE_BYTES: Final = 512 << 20
+"""A larger file is not fetched: no image within the pixel limit is that large."""
+
+
+class CatalogError(ValueError):
+    """The input as a whole cannot be captioned; the message says what, the value, the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenCatalog:
+    """The input, cut into units."""
+
+    units: tuple[Path, ...]
+    """Parquet files in order; unit k holds rows [k * rows_per_unit, (k + 1) * rows_per_unit)."""
+    num_rows: int
+    rows_per_unit: int
+    digest: str
+    """sha256 of ids, image references, descriptions and all other columns, however it is cut.
+
+    Files of a folder or glob count with size and modification time, image bytes with their hash.
+    """
+    schema: pa.Schema
+    """Of every unit."""
+
+
+def choose_rows_per_unit(num_rows: int, bytes_per_row: float = 0.0) -> int:
+    """The largest power of two ≤ num_rows / 64, within 32 … 1024, and ≤ 64 MiB where it can be.
+
+    About 64 to 128 units: enough to spread over workers and to lose little when one is lost.
+    """
+    bound = min(num_rows / 64, (64 << 20) / max(bytes_per_row, 1.0), 1024)
+    return 1 << max(5, math.floor(math.log2(max(bound, 1.0))))
+
+
+def freeze_catalog(
+    images: str,
+    destination: Path,
+    *,
+    id_column: str | None = None,
+    image_column: str | None = None,
+    description_column: str | None = None,
+    limit: int | None = None,
+    rows_per_unit: int | None = None,
+) -> FrozenCatalog:
+    """Write the units of `images` (a path or URI) as `destination/unit-00000.parquet` ….
+
+    A folder is listed recursively, in sorted path order: every file is a row whatever its
+    extension, links to files included; hidden files and folders, and links to folders, are not.
+    A manifest is known by its extension. `limit` keeps the first rows. Raises CatalogError.
+    """
+    if limit is not None and limit < 1:
+        raise CatalogError(f"--limit is {limit}; it must be at least 1")
+    source = _open_source(images, limit)
+    if source.num_rows == 0:
+        raise CatalogError(f"{images} has no rows: there is nothing to caption")
+    columns = _Columns.choose(source, id_column, image_column, description_column)
+    rows = rows_per_unit or choose_rows_per_unit(source.num_rows, source.bytes_per_row)
+
+    destination.mkdir(parents=True, exist_ok=True)
+    if any(destination.glob("unit-*.parquet")):
+        raise FileExistsError(f"{destination} already holds the units of a catalogue")
+    units: list[Path] = []
+    digest = _Digest(columns.schema)
+    id_hashes: list[npt.NDArray[np.int64]] = []
+    seen = 0
+    try:
+        for table in _cut(_converted(source, columns), rows, source.num_rows):
+            ids = table["id"].to_pylist()
+            if None in ids:
+                raise CatalogError(
+                    f"{images}: row {seen + ids.index(None) + 1} has no {columns.id_name!r}, the"
+                    " column that identifies a row; fill it, or name another with --id-column"
+                )
+            # 8 bytes an id, whatever its length: duplicates are looked up only where hashes meet.
+            id_hashes.append(np.fromiter(map(hash, ids), np.int64, len(ids)))
+            digest.update(table)
+            units.append(destination / f"unit-{len(units):05d}.parquet")
+            pq.write_table(table, units[-1], use_dictionary=not columns.has_bytes)
+            seen += len(ids)
+        if seen != source.num_rows:
+            raise CatalogError(f"{images} changed while it was read: try again")
+        _refuse_duplicates(images, columns.id_name, units, np.concatenate(id_hashes))
+    except BaseException:
+        for unit in units:
+            unit.unlink(missing_ok=True)
+        raise
+    return FrozenCatalog(tuple(units), seen, rows, digest.hexdigest(source.stamps), columns.schema)
+
+
+def _converted(source: _Source, columns: _Columns) -> Iterator[pa.RecordBatch]:
+    try:
+        for batch in source.batches():
+            yield columns.convert(batch)
+    except CatalogError:
+        raise
+    except _UNREADABLE as error:
+        _refuse_manifest(source.name, error)
+
+
+def _cut(
+    batches: Iterator[pa.RecordBatch], rows_per_unit: int, num_rows: int
+) -> Iterator[pa.Table]:
+    """The first `num_rows` rows as tables of `rows_per_unit`, the last one shorter."""
+    pending: list[pa.RecordBatch] = []
+    taken = held = 0
+    for batch in batches:
+        batch = batch.slice(0, num_rows - taken)
+        taken += batch.num_rows
+        while held + batch.num_rows >= rows_per_unit:
+            head = batch.slice(0, rows_per_unit - held)
+            yield pa.Table.from_batches([*pending, head])
+            batch = batch.slice(head.num_rows)
+            pending, held = [], 0
+        if batch.num_rows:
+            pending.append(batch)
+            held += batch.num_rows
+        if taken == num_rows:
+            break
+    if pending:
+        yield pa.Table.from_batches(pending)
+
+
+def _refuse_duplicates(
+    images: str, id_name: str, units: list[Path], id_hashes: npt.NDArray[np.int64]
+) -> None:
+    hashes, counts = np.unique(id_hashes, return_counts=True)
+    suspects = set(hashes[counts > 1].tolist())
+    if not suspects:
+        return
+    found: Counter[str] = Counter()
+    for unit in units:
+        ids = pq.read_table(unit, columns=["id"])["id"].to_pylist()
+        found.update(value for value in ids if hash(value) in suspects)
+    twins = [(value, count) for value, count in found.items() if count > 1]
+    if twins:
+        shown = ", ".join(f"{value!r} ({count} times)" for value, count in twins[:5])
+        raise CatalogError(
+            f"{images}: {len(twins):,} values of {id_name!r} occur in more than one row: {shown}"
+            f"{', …' if len(twins) > 5 else ''}; the identifier must be unique: name another column"
+            " with --id-column, or remove the rows"
+        )
+
+
+class _Digest:
+    """A hash for each column, fed value by value: how the rows are batched does not matter."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self._hashes = {field.name: hashlib.sha256(str(field.type).encode()) for field in schema}
+
+    def update(self, table: pa.Table) -> None:
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            text = json.dumps(column.to_pylist(), default=_hashable)
+            self._hashes[name].update(text[1:-1].encode() + b", ")
+
+    def hexdigest(self, stamps: Sequence[str]) -> str:
+        columns = [(name, value.hexdigest()) for name, value in self._hashes.items()]
+        return hashlib.sha256(json.dumps([columns, list(stamps)]).encode()).hexdigest()
+
+
+def _hashable(value: object) -> str:
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
+
+
+# --- Where the rows come from -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A table that can be read again and again in batches of its rows, in order."""
+
+    name: str
+    schema: pa.Schema
+    num_rows: int
+    batches: Callable[[], Iterable[pa.RecordBatch]]
+    folder: str | None = None
+    """What a manifest's relative paths are relative to, as a path or URI; None for a listing."""
+    bytes_per_row: float = 0.0
+    stamps: Sequence[str] = ()
+    """What else identifies the input: size and modification time of each listed file."""
+
+
+_UNREADABLE: Final = (OSError, ValueError, pa.ArrowException)
+
+
+def _refuse_manifest(name: str, error: BaseException) -> NoReturn:
+    reason = str(error).partition("\n")[0]
+    raise CatalogError(
+        f"the manifest {name} cannot be read: {reason}; CSV (UTF-8, with a header), JSON Lines and"
+        " Parquet are understood, by their extension"
+    ) from error
+
+
+def _open_source(images: str, limit: int | None) -> _Source:
+    try:
+        filesystem, path = resolve_filesystem(images)
+        kind = filesystem.get_file_info(path).type
+    except Exception as error:  # file systems of all kinds raise errors of all kinds
+        reason = str(error).partition("\n")[0]
+        raise CatalogError(f"{images} cannot be reached: {reason}") from error
+    is_local = isinstance(filesystem, fs.LocalFileSystem)
+    root = path if is_local else images.rstrip("/")
+    if kind == fs.FileType.Directory:
+        return _list_files(images, filesystem, root, None, limit)
+    if kind == fs.FileType.NotFound and (wildcard := re.search(r"[*?[]", root)):
+        cut = root.rindex("/", 0, wildcard.start()) + 1
+        return _list_files(images, filesystem, root[:cut], root[cut:], limit)
+    if kind != fs.FileType.File:
+        raise CatalogError(f"{images}: no such file or folder; name a folder, a glob or a manifest")
+    extension = re.search(
+        r"\.(csv|tsv|jsonl|ndjson|json|parquet)(\.gz|\.bz2|\.zst)?$", root.lower()
+    )
+    if extension is None:
+        name = posixpath.basename(root)
+        if is_local:
+            return _listing(images, [_describe_local(name, root)])
+        return _listing(images, [(name, root, _stamp(filesystem.get_file_info(path)))])
+    opener = {"csv": _open_csv, "tsv": _open_csv, "parquet": _open_parquet}
+    try:
+        source = opener.get(extension[1], _open_json_lines)(images, filesystem, path, limit)
+    except CatalogError:
+        raise
+    except _UNREADABLE as error:
+        _refuse_manifest(images, error)
+    rows = source.num_rows if limit is None else min(limit, source.num_rows)
+    return dataclasses.replace(source, folder=posixpath.dirname(root), num_rows=rows)
+
+
+def _open_csv(name: str, filesystem: fs.FileSystem, path: str, limit: int | None) -> _Source:
+    """Every column is text: "007" stays, and so does "NA"."""
+    is_tab_separated = re.search(r"\.tsv(\.\w+)?$", path.lower()) is not None
+
+    def read(types: dict[str, pa.DataType], only: list[str]) -> pyarrow.csv.CSVStreamingReader:
+        return pyarrow.csv.open_csv(
+            filesystem.open_input_stream(path),
+            pyarrow.csv.ReadOptions(block_size=16 << 20),
+            pyarrow.csv.ParseOptions(
+                delimiter="\t" if is_tab_separated else ",", newlines_in_values=True
+            ),
+            pyarrow.csv.ConvertOptions(column_types=types, include_columns=only),
+        )
+
+    try:
+        names = read({}, []).schema.names
+    except pa.ArrowInvalid as error:
+        if "Empty CSV file" in str(error):
+            raise CatalogError(f"{name} is empty: there is nothing to caption") from error
+        raise
+    _refuse_twin_columns(name, names)
+    types = dict.fromkeys(names, pa.string())
+    num_rows = sum(batch.num_rows for batch in read(types, names[:1]))
+    return _Source(name, pa.schema(types), num_rows, lambda: read(types, []))
+
+
+def _open_json_lines(name: str, filesystem: fs.FileSystem, path: str, limit: int | None) -> _Source:
+    """Types come from all rows at once: a column of mixed or nested values is JSON text."""
+
+    def rows() -> Iterator[dict[str, Any]]:
+        with io.BufferedReader(filesystem.open_input_stream(path)) as lines:
+            numbered = ((n, line) for n, line in enumerate(lines, 1) if line.strip())
+            for number, line in itertools.islice(numbered, limit):
+                try:
+                    row = json.loads(line.decode("utf-8-sig"))
+                except ValueError as error:
+                    raise ValueError(f"line {number}: {error}") from error
+                if not isinstance(row, dict):
+                    raise ValueError(f"line {number} is not a JSON object")
+                yield row
+
+    kinds: dict[str, set[type]] = {}
+    num_rows = 0
+    for row in rows():
+        num_rows += 1
+        for key, value in row.items():
+            kinds.setdefault(key, set()).add(_kind(value))
+    schema = pa.schema([(key, _arrow_type(found - {type(None)})) for key, found in kinds.items()])
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        remaining = rows()
+        while chunk := list(itertools.islice(remaining, 4096)):
+            yield pa.record_batch(
+                [
+                    pa.array([_json_value(row.get(name), type_) for row in chunk], type_)
+                    for name, type_ in zip(schema.names, schema.types, strict=True)
+                ],
+                schema=schema,
+            )
+
+    return _Source(name, schema, num_rows, batches)
+
+
+def _kind(value: object) -> type:
+    """What a JSON value counts as; integers beyond 64 bits and nested values become text."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return str
+    return str if isinstance(value, list | dict) else type(value)
+
+
+def _arrow_type(kinds: set[type]) -> pa.DataType:
+    if kinds == {bool}:
+        return pa.bool_()
+    if kinds == {int}:
+        return pa.int64()
+    return pa.float64() if kinds and kinds <= {int, float} else pa.string()
+
+
+def _json_value(value: object, type_: pa.DataType) -> object:
+    if value is None or isinstance(value, str):
+        return value
+    if pa.types.is_string(type_):
+        return json.dumps(value, ensure_ascii=False)
+    return float(value) if pa.types.is_floating(type_) else value  # type: ignore[arg-type]
+
+
+def _open_parquet(name: str, filesystem: fs.FileSystem, path: str, limit: int | None) -> _Source:
+    with filesystem.open_input_file(path) as opened:
+        file = pq.ParquetFile(opened)
+        schema, metadata = file.schema_arrow.remove_metadata(), file.metadata
+    _refuse_twin_columns(name, schema.names)
+    groups = (metadata.row_group(index) for index in range(metadata.num_row_groups))
+    bytes_per_row = sum(group.total_byte_size for group in groups) / max(metadata.num_rows, 1)
+    batch_size = min(max(int((16 << 20) / max(bytes_per_row, 1.0)), 16), 8192)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        # Page by page: a row group of image bytes may be larger than memory.
+        with filesystem.open_input_file(path) as opened:
+            file = pq.ParquetFile(opened, buffer_size=1 << 20, pre_buffer=False)
+            yield from file.iter_batches(batch_size, use_threads=False)
+
+    return _Source(name, schema, metadata.num_rows, batches, bytes_per_row=bytes_per_row)
+
+
+def _refuse_twin_columns(name: str, columns: list[str]) -> None:
+    twins = [column for column, count in Counter(columns).items() if count > 1]
+    if twins:
+        raise CatalogError(f"{name} has more than one column {twins[0]!r}; rename one of them")
+
+
+def _list_files(
+    images: str, filesystem: fs.FileSystem, folder: str, pattern: str | None, limit: int | None
+) -> _Source:
+    """The files below a folder, or those of them that a pattern matches, in sorted path order."""
+    depth = None if pattern is None or "**" in pattern else pattern.count("/")
+    is_local = isinstance(filesystem, fs.LocalFileSystem)
+    try:
+        walk = _walk_local(folder, depth) if is_local else _walk(filesystem, folder, depth)
+        matches = re.compile(".*" if pattern is None else _glob_to_regex(pattern), re.DOTALL)
+        files = sorted(file for file in walk if matches.fullmatch(file[0]))
+    except OSError as error:
+        raise CatalogError(f"{images} cannot be listed: {error}") from error
+    if not files:
+        found = "holds no files" if pattern is None else "matches no files"
+        raise CatalogError(f"{images} {found} (hidden ones do not count); name another")
+    return _listing(images, files[:limit])
+
+
+def _walk_local(folder: str, depth: int | None) -> Iterator[tuple[str, str, str]]:
+    """(id, URI, stamp) of every file that is not hidden; links to folders are not followed."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise error  # os.walk would leave the folder's rows out in silence
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        relative = os.path.relpath(parent, folder)
+        prefix = "" if relative == "." else relative + "/"
+        at_depth = depth is not None and prefix.count("/") >= depth
+        folders[:] = [] if at_depth else [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith("."):
+                yield _describe_local(prefix + name, os.path.join(parent, name))
+
+
+def _describe_local(name: str, path: str) -> tuple[str, str, str]:
+    try:
+        status = os.stat(path)
+        stamp = f"{status.st_size} {status.st_mtime_ns}"
+    except OSError:  # a broken link: a row, which fails when it is read
+        stamp = "gone"
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # a name of other bytes than UTF-8 cannot be a text
+        name = os.fsencode(name).decode("utf-8", "backslashreplace")
+        path = "file://" + urllib.parse.quote(os.fsencode(path))
+    return name, path, stamp
+
+
+def _walk(
+    filesystem: fs.FileSystem, folder: str, depth: int | None
+) -> Iterator[tuple[str, str, str]]:
+    root = resolve_filesystem(folder)[1].rstrip("/")
+    for info in filesystem.get_file_info(fs.FileSelector(root, recursive=depth != 0)):
+        name = info.path.strip("/").removeprefix(root.strip("/")).strip("/")
+        if info.type != fs.FileType.Directory and "/." not in f"/{name}":
+            yield name, f"{folder.rstrip('/')}/{name}", _stamp(info)
+
+
+def _stamp(info: fs.FileInfo) -> str:
+    return f"{info.size} {info.mtime_ns}"
+
+
+def _glob_to_regex(pattern: str) -> str:
+    """`*` and `?` stop at a slash, `**/` is any number of folders, `[ab]` and `[!ab]` are sets."""
+    rules = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[!?\]?[^]]*\])", pattern)
+    return "".join(
+        f"[{'^' * (part[1] == '!')}{re.escape(part[1:-1].removeprefix('!'))}]".replace(r"\-", "-")
+        if part.startswith("[") and part.endswith("]")
+        else rules.get(part) or re.escape(part)
+        for part in parts
+    )
+
+
+def _listing(images: str, files: Sequence[tuple[str, str, str]]) -> _Source:
+    names, uris, stamps = map(list, zip(*files, strict=True))
+    table = pa.table({"id": pa.array(names, pa.string()), "image": pa.array(uris, pa.string())})
+    return _Source(images, table.schema, len(files), table.to_batches, stamps=stamps)
+
+
+# --- Columns ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """Which input column is what, and under which name each is kept."""
+
+    id_name: str
+    image_name: str | None
+    description_name: str | None
+    kept: tuple[tuple[str, str], ...]
+    """Input name, name in the unit."""
+    has_bytes: bool
+    folder: str | None
+    schema: pa.Schema
+
+    @classmethod
+    def choose(
+        cls,
+        source: _Source,
+        id_column: str | None,
+        image_column: str | None,
+        description_column: str | None,
+    ) -> _Columns:
+        names = source.schema.names
+        if source.folder is None:
+            if id_column or image_column or description_column:
+                raise CatalogError(
+                    f"{source.name} is not a manifest and has no columns; leave out --id-column,"
+                    " --image-column and --description-column"
+                )
+            schema = pa.schema([*_TEXTS, ("_image_uri", pa.string())])
+            return cls("id", "image", None, (), False, None, schema)
+
+        def pick(flag: str, wanted: str | None, default: str) -> str | None:
+            if wanted is not None and wanted not in names:
+                raise CatalogError(
+                    f"{source.name} has no column {wanted!r} for {flag};"
+                    f" its columns are {', '.join(map(repr, names))}"
+                )
+            return wanted or (default if default in names else None)
+
+        image = pick("--image-column", image_column, "image")
+        description = pick("--description-column", description_column, "description")
+        if image is None and description is None:
+            raise CatalogError(
+                f"{source.name} has no column 'image' and none 'description'; its columns are"
+                f" {', '.join(map(repr, names))}: name one with --image-column or"
+                " --description-column"
+            )
+        has_bytes = image is not None and _holds_bytes(source, image)
+        key = pick("--id-column", id_column, "id") or (None if has_bytes else image)
+        if key is None:
+            raise CatalogError(
+                f"{source.name} has no column 'id'; its columns are"
+                f" {', '.join(map(repr, names))}: name the one that identifies a row with"
+                " --id-column"
+            )
+        for flag, name in (("--id-column", key), ("--description-column", description)):
+            if name is not None and pa.types.is_nested(source.schema.field(name).type):
+                raise CatalogError(
+                    f"{source.name}: {flag} {name!r} has the type"
+                    f" {source.schema.field(name).type}; it must be text or a number"
+                )
+        taken = set(names)
+        kept = []
+        for name in names:
+            is_itself = (name == "id" == key) or (name == "description" == description)
+            if not is_itself and not (has_bytes and name == image):
+                kept.append((name, _kept_name(name, taken)))
+        is_locking = {"caption", "caption_locked"} <= taken
+        fields = [
+            (output, pa.bool_())
+            if is_locking and name == "caption_locked"
+            else (output, _plain_type(source.schema.field(name).type))
+            for name, output in kept
+        ]
+        image_field = ("_image_bytes", pa.binary()) if has_bytes else ("_image_uri", pa.string())
+        schema = pa.schema([*fields, *_TEXTS, image_field])
+        return cls(key, image, description, tuple(kept), has_bytes, source.folder, schema)
+
+    def convert(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        columns = [
+            _plain(batch.column(name), self.schema.field(output).type) for name, output in self.kept
+        ]
+        columns.append(_text(batch.column(self.id_name)))
+        if self.description_name is None:
+            columns.append(pa.nulls(batch.num_rows, pa.string()))
+        else:
+            columns.append(_text(batch.column(self.description_name)))
+        if self.image_name is None:
+            columns.append(pa.nulls(batch.num_rows, pa.string()))
+        elif self.has_bytes:
+            image = batch.column(self.image_name)
+            if pa.types.is_struct(image.type):
+                image = pc.struct_field(image, "bytes")
+            columns.append(image.cast(pa.binary()))
+        else:
+            references = _text(batch.column(self.image_name)).to_pylist()
+            uris = [_absolute(reference, self.folder) for reference in references]
+            columns.append(pa.array(uris, pa.string()))
+        return pa.record_batch(columns, schema=self.schema)
+
+
+_TEXTS: Final = (("id", pa.string()), ("description", pa.string()))
+
+
+def _kept_name(name: str, taken: set[str]) -> str:
+    is_ours = name in OUTPUT_COLUMNS or name.startswith("_image_")
+    if not is_ours or (name == "caption" and "caption_locked" in taken):
+        return name
+    while name in taken:
+        name = f"input_{name}"
+    taken.add(name)
+    return name
+
+
+def _holds_bytes(source: _Source, name: str) -> bool:
+    """Whether the image column holds image bytes; False: paths or URIs."""
+    kind = _plain_type(source.schema.field(name).type)
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:  # as on the hub
+        kind = kind.field("bytes").type
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return False
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return True
+    raise CatalogError(
+        f"{source.name}: --image-column {name!r} has the type {kind}; it must be text (paths or"
+        " URIs) or image bytes"
+    )
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    """Without dictionaries, which differ from batch to batch, and columns of nothing but nulls."""
+    if pa.types.is_dictionary(kind):
+        return kind.value_type
+    return pa.string() if pa.types.is_null(kind) else kind
+
+
+def _plain(column: pa.Array, kind: pa.DataType) -> pa.Array:
+    if pa.types.is_boolean(kind) and not pa.types.is_boolean(column.type):
+        return _flag(column)
+    return column.cast(kind)
+
+
+def _flag(column: pa.Array) -> pa.Array:
+    """Text or number → true or false; nothing at all is false."""
+    text = pc.utf8_lower(_text(column).fill_null("false"))
+    unknown = set(text.to_pylist()) - {*_TRUE, *_FALSE}
+    if unknown:
+        raise CatalogError(
+            f"the column 'caption_locked' holds {unknown.pop()!r}; write true or false"
+        )
+    return pc.is_in(text, pa.array(_TRUE))
+
+
+_TRUE: Final = ("true", "yes", "1")
+_FALSE: Final = ("false", "no", "0")
+
+
+def _text(column: pa.Array) -> pa.Array:
+    """As text, null where there is nothing but white space."""
+    text = column.cast(pa.string())
+    is_blank = pc.equal(pc.utf8_trim_whitespace(text), "")
+    return pc.if_else(is_blank, pa.scalar(None, pa.string()), text)
+
+
+# --- Files --------------------------------------------------------------------------------------
+
+
+def resolve_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a local path, file://, s3://, gs:// or any URI that fsspec knows, and
+    the path in it. Object keys are taken as they are, without percent-decoding.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        return fs.LocalFileSystem(), os.path.abspath(uri)
+    if scheme == "file":
+        path = "/" + rest.partition("/")[2]
+        return fs.LocalFileSystem(), os.fsdecode(urllib.parse.unquote_to_bytes(path))
+    if scheme in _OBJECT_STORES:
+        bucket = rest.partition("/")[0]
+        endpoint = os.environ.get("AWS_ENDPOINT_URL")
+        return _object_store(_OBJECT_STORES[scheme], bucket, endpoint), rest.rstrip("/")
+    filesystem, path = url_to_fs(uri)
+    return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
+
+
+_OBJECT_STORES: Final = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
+
+
+@functools.lru_cache(maxsize=256)
+def _object_store(scheme: str, bucket: str, endpoint: str | None) -> fs.FileSystem:
+    """Kept: a new one looks up the bucket's region and opens new connections."""
+    return fs.FileSystem.from_uri(f"{scheme}://{bucket}")[0]
+
+
+def _absolute(reference: str | None, folder: str | None) -> str | None:
+    if reference is None or folder is None or "://" in reference or reference.startswith("/"):
+        return reference
+    scheme, separator, path = folder.rpartition("://")
+    path = posixpath.join(path, reference)
+    # Object storage knows no ".."; on disk it may lead through a link, so it is left alone.
+    return scheme + separator + posixpath.normpath(path) if separator else path
+
+
+def read_image(uri: str | None) -> bytes | tuple[str, str]:
+    """The bytes of a file, or the error class ("gone", "unreadable", "too large") and a message.
+
+    Never raises for what a URI leads to. What may pass is tried again, after a pause. Safe to
+    call from many threads.
+    """
+    if uri is None:
+        return "gone", "the row names no image"
+    shown = uri if len(uri) <= 200 else f"…{uri[-200:]}"
+    failure = ""
+    for pause_s in (0.2, 1.0, 0.0):
+        try:
+            return _fetch(uri, shown)
+        except (FileNotFoundError, NotADirectoryError):
+            return "gone", f"no such file: {shown}"
+        except Exception as error:  # file systems of all kinds raise errors of all kinds
+            failure, may_pass = _explain(error)
+            if not may_pass:
+                break
+            time.sleep(pause_s * random.uniform(0.5, 1.5))  # not all threads at once
+    return "unreadable", f"{failure}: {shown}"
+
+
+def _fetch(uri: str, shown: str) -> bytes | tuple[str, str]:
+    filesystem, path = resolve_filesystem(uri)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            return "unreadable", f"not a regular file: {shown}"
+        if status.st_size > MAX_FILE_BYTES:
+            return "too large", f"{status.st_size:,} bytes, over the limit of {MAX_FILE_BYTES:,}"
+        return Path(path).read_bytes()
+    with filesystem.open_input_file(path) as file:
+        if file.size() > MAX_FILE_BYTES:
+            return "too large", f"{file.size():,} bytes, over the limit of {MAX_FILE_BYTES:,}"
+        content: bytes = file.read()
+        return content
+
+
+def _explain(error: Exception) -> tuple[str, bool]:
+    """A reason in words of ours, and whether the next attempt may succeed."""
+    aws = re.search(r"AWS Error (\w+)", str(error))
+    if isinstance(error, PermissionError) or (aws and aws[1] == "ACCESS_DENIED"):
+        return "permission denied", False
+    if aws:
+        return f"object storage answered {aws[1]}", True
+    if isinstance(error, ImportError | ValueError):
+        return "no file system serves this address", False
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno).lower(), error.errno in _MAY_PASS
+    return "cannot be read", True
+
+
+_MAY_PASS: Final = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY)
+"""Of a network file system."""
