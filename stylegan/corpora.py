@@ -1,0 +1,415 @@
+"""Formal and colloquial text: one normaliser, the concepts a sentence mentions, pseudo-pairs.
+
+A *concept* is something a caption can be right or wrong about: the kind of product, its colour,
+whom it is for (`lexicon.toml`). Colloquial sentences belong to no image; one that says "this navy
+dress" becomes a conditional example by pairing it with the description, and half of the time with
+the image, of a training product that shares them (as in SemStyle, Mathews et al., CVPR 2018).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import re
+import tomllib
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+_FIRST_PERSON = re.compile(
+    r"\b(i|i'm|i've|i'd|i'll|im|ive|me|my|mine|myself|we|we're|we've|we'll|us|our|ours|ourselves)\b"
+)
+_QUOTES = str.maketrans(
+    {"’": "'", "‘": "'", "“": '"', "”": '"', "—": " - ", "–": " - ", "…": "..."}
+)
+
+
+def normalise(text: str) -> str:
+    """Lower-case text with plain punctuation, ending in . ! or ?; the form all models read.
+
+    Real and generated sentences go through this same function, so that no difference of formatting
+    tells them apart.
+    """
+    text = html.unescape(text).translate(_QUOTES)
+    text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    text = text.replace('"', "").replace("--", " - ").replace("&", " and ").replace("w/", "with ")
+    text = re.sub(r"(?<=[a-z])\s*/\s*(?=[a-z])", " or ", text)
+    text = re.sub(r"\s+", " ", text)
+    text = re.sub(r"([!?])[!?.]+", r"\1", text)  # !!! -> !
+    text = re.sub(r"\.{2,}", "...", text)
+    text = re.sub(r"\s+([,.!?;])", r"\1", text)
+    text = re.sub(r"([,!?;])(?=[a-z])", r"\1 ", text)
+    text = re.sub(r"(?<![\w'])'|'(?![\w'])", "", text)
+    text = re.sub(r"(?<=[a-z])\.(?=[a-z]{2,})", ". ", text)
+    text = text.strip(" -,;:'.") if not text.endswith("...") else text.strip(" -,;:'")
+    if text and text[-1] not in ".!?":
+        text += "."
+    return text
+
+
+def sentence(text: str) -> str:
+    """The printed form: normalised, each sentence beginning with a capital letter."""
+    text = normalise(text)
+    text = re.sub(r"(^|[.!?] )([a-z])", lambda match: match[1] + match[2].upper(), text)
+    return re.sub(r"\bi\b", "I", text)
+
+
+def is_first_person(text: str) -> bool:
+    """Whether the sentence speaks of its speaker, as a customer's testimonial does."""
+    return bool(_FIRST_PERSON.search(text.lower()))
+
+
+def is_sayable(text: str) -> bool:
+    """Whether a shop could print the sentence under a picture.
+
+    No first person, nothing about orders, prices, bodies or sizes, no digits; 3 to 22 words.
+    """
+    text = normalise(text)
+    return (
+        3 <= len(text.split()) <= 22
+        and not _FIRST_PERSON.search(text)
+        and not lexicon().unsayable.search(text)
+    )
+
+
+def embedded_corpus() -> list[str]:
+    """The project's own colloquial sentences, written for it (`colloquial.txt`)."""
+    text = resources.files("stylegan").joinpath("colloquial.txt").read_text(encoding="utf-8")
+    return [line for line in text.splitlines() if line]
+
+
+@dataclass(frozen=True, slots=True)
+class Mention:
+    """A concept word in a text: its place, and what it can mean."""
+
+    start: int
+    end: int
+    form: str
+    types: frozenset[str]
+    colours: frozenset[str]
+    genders: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Concepts:
+    """What a description commits a caption to. An empty set: it says nothing of it.
+
+    head: the kinds that its main noun can be, one of which a caption has to name. types: all kinds
+    that it mentions.
+    """
+
+    head: frozenset[str] = frozenset()
+    types: frozenset[str] = frozenset()
+    colours: frozenset[str] = frozenset()
+    genders: frozenset[str] = frozenset()
+
+    def filled_from(self, other: Concepts) -> Concepts:
+        """These concepts, with what they leave open taken from the other."""
+        return Concepts(
+            self.head or other.head,
+            self.types or other.types,
+            self.colours or other.colours,
+            self.genders or other.genders,
+        )
+
+
+def _plurals(form: str) -> Iterator[str]:
+    yield form
+    if form.endswith(("ch", "sh", "x", "ss", "s")):
+        if not form.endswith("s") or form.endswith("ss"):
+            yield form + "es"
+    elif re.search(r"[^aeiou]y$", form):
+        yield form[:-1] + "ies"
+    else:
+        yield form + "s"
+
+
+class Lexicon:
+    """Finds the concepts that a text mentions. Built from `lexicon.toml`'s three tables."""
+
+    def __init__(self, tables: dict[str, Any]) -> None:
+        types: dict[str, set[str]] = {}
+        self.own_forms: dict[str, set[str]] = {}
+        for kind, entry in tables["types"].items():
+            own = [kind, *entry["forms"]]
+            self.own_forms[kind] = {p for form in own for p in _plurals(form)}
+            for form in [*own, *entry.get("also", [])]:
+                for plural in _plurals(form):
+                    types.setdefault(plural, set()).add(kind)
+        self.types = types
+        words = "|".join(tables.get("unsayable", []))
+        self.unsayable = re.compile(rf"\b({words})\b|[\d$%#*@~/():]" if words else r"(?!)")
+        words = "|".join(tables.get("garment_words", []))
+        self.garment_words = re.compile(rf"\b({words})\b" if words else r"(?!)")
+        self.praised = frozenset(tables.get("praised", []))
+        self.wearable = frozenset(tables.get("wearable", []))
+        self.colours = self._invert(tables["colours"])
+        self.genders = self._invert(tables["genders"])
+        ignored = tables.get("ignore", [])
+        forms = sorted({*types, *self.colours, *self.genders, *ignored}, key=len, reverse=True)
+        # a form inside a hyphenated word counts ("v-neck tee"), inside a longer word it does not
+        self._pattern = re.compile(r"(?<![\w'])(?:" + "|".join(map(re.escape, forms)) + r")(?!\w)")
+
+    @staticmethod
+    def _invert(table: dict[str, list[str]]) -> dict[str, set[str]]:
+        inverse: dict[str, set[str]] = {}
+        for concept, forms in table.items():
+            for form in forms:
+                inverse.setdefault(form, set()).add(concept)
+        return inverse
+
+    def mentions(self, text: str) -> list[Mention]:
+        """Concept words of the text, in order, the longest form at each place."""
+        nothing: frozenset[str] = frozenset()
+        return [
+            Mention(
+                match.start(),
+                match.end(),
+                match[0],
+                frozenset(self.types.get(match[0], nothing)),
+                frozenset(self.colours.get(match[0], nothing)),
+                frozenset(self.genders.get(match[0], nothing)),
+            )
+            for match in self._pattern.finditer(text.lower().replace("’", "'"))
+            if match[0] in self.types or match[0] in self.colours or match[0] in self.genders
+        ]
+
+    def concepts(self, description: str) -> Concepts:
+        """What a formal description says: its first sentence's last kind of product is its head."""
+        first = description.split(". ")[0]
+        mentions = self.mentions(first) or self.mentions(description)
+        kinds = [mention for mention in mentions if mention.types]
+        # "orange" before a noun is a colour, alone it is a fruit
+        head = kinds[-1] if kinds else None
+        return Concepts(
+            head.types if head else frozenset(),
+            frozenset().union(*(mention.types for mention in kinds)),
+            frozenset().union(*(m.colours for m in mentions if m is not head)),
+            frozenset().union(*(m.genders for m in mentions)),
+        )
+
+    def verdict(self, caption: str, concepts: Concepts) -> tuple[bool, bool]:
+        """(names the right kind, contradicts) for a caption and what its description says.
+
+        Every concept word has to be compatible in one of its meanings; a colour, kind or gender
+        of which the description says nothing is a contradiction too: it is invented.
+        """
+        named = not concepts.head
+        contradicts = False
+        for mention in self.mentions(caption):
+            allowed = False
+            if mention.types:
+                named = named or bool(mention.types & concepts.head)
+                allowed = bool(mention.types & concepts.types)
+            if mention.colours:
+                allowed = allowed or bool(mention.colours & concepts.colours)
+            if mention.genders:
+                allowed = (
+                    allowed or not concepts.genders or bool(mention.genders & concepts.genders)
+                )
+            contradicts = contradicts or not allowed
+        return named, contradicts
+
+    def hide(self, text: str) -> str:
+        """The text with its topic hidden: kinds become "product", colour and gender words go."""
+        pieces, end = [], 0
+        for mention in self.mentions(text):
+            pieces.append(text[end : mention.start])
+            pieces.append("product" if mention.types else "")
+            end = mention.end
+        hidden = "".join([*pieces, text[end:]])
+        hidden = re.sub(r"\b(product)( product)+\b", r"\1", re.sub(r"\s+", " ", hidden))
+        return re.sub(r"\s+([,.!?])", r"\1", hidden).strip()
+
+
+@cache
+def lexicon() -> Lexicon:
+    """The lexicon of this package."""
+    text = resources.files("stylegan").joinpath("lexicon.toml").read_text(encoding="utf-8")
+    return Lexicon(tomllib.loads(text))
+
+
+def has_type(text: str, kind: str) -> bool:
+    """Whether the text names this kind of product."""
+    return any(kind in mention.types for mention in lexicon().mentions(text))
+
+
+def colour_family(colour: str) -> str:
+    """A family of a colour word ("navy blue" → "blue"), always the same; "" where it is none."""
+    return min(lexicon().colours.get(colour.lower(), {""}))
+
+
+def formal_description(kind: str, colour: str, gender: str) -> str:
+    """A formal description from attributes: "Navy blue t-shirt for men."."""
+    text = " ".join(part for part in (colour, kind) if part)
+    return sentence(f"{text} for {gender}" if gender else text)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of lower-case text; entries 0, 1, 2 are <pad>, <bos>, <eos>."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=["<pad>", "<bos>", "<eos>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A row of the training catalogue: what is known of one photograph.
+
+    image: its row among the image features, -1 without a photograph. description: formal, what the
+    describe road learns to write. titles: other formal texts that a rewrite may be asked to start
+    from.
+    """
+
+    image: int
+    description: str
+    titles: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One training row: a target sentence, and what it is conditioned on ("" and -1: nothing)."""
+
+    text: str
+    style: str
+    description: str = ""
+    image: int = -1
+
+
+_ASIDE = re.compile(r"\b(with|over|under|and|or|for|your|to|of|like|any|some|other)\s+(\w+\s+)?$")
+
+
+class PseudoPairs:
+    """Turns colloquial sentences that belong to no image into conditional examples.
+
+    products: the training catalogue. sentences: style → sentences. Raises ValueError when a style
+    has fewer than min_sentences that can be printed.
+    """
+
+    def __init__(
+        self, products: Sequence[Product], sentences: dict[str, list[str]], min_sentences: int = 100
+    ) -> None:
+        self.products = products
+        self.concepts = [lexicon().concepts(product.description) for product in products]
+        by_kind: dict[str, list[int]] = defaultdict(list)
+        for index, concepts in enumerate(self.concepts):
+            # the kind that a description's head names most exactly: the one whose own form it is
+            for kind in concepts.head:
+                if any(
+                    mention.form in lexicon().own_forms[kind]
+                    for mention in lexicon().mentions(products[index].description)
+                ):
+                    by_kind[kind].append(index)
+        self.by_kind = dict(by_kind)
+        self.plain: dict[str, list[str]] = {}  # nothing known: learned without a condition
+        self.paired: dict[str, list[tuple[str, tuple[str, ...], Concepts, Mention]]] = {}
+        for style, texts in sentences.items():
+            usable = [text for text in map(normalise, texts) if is_sayable(text)]
+            if len(usable) < min_sentences:
+                raise ValueError(
+                    f"style {style!r}: {len(usable)} of {len(texts)} sentences can be printed (no "
+                    f"first person, orders, sizes or prices; 3 to 22 words), at least "
+                    f"{min_sentences} are needed: add sentences to its file"
+                )
+            self.plain[style] = usable
+            pairs = [pair for text in usable if (pair := self._pair(text)) is not None]
+            self.paired[style] = pairs
+
+    def _pair(self, text: str) -> tuple[str, tuple[str, ...], Concepts, Mention] | None:
+        """The sentence with the kinds it can be about; None when it names none, or two."""
+        mentions = lexicon().mentions(text)
+        kinds = [m for m in mentions if m.types and not (m.colours and m is not mentions[-1])]
+        main = next((m for m in kinds if not _ASIDE.search(text[: m.start])), None)
+        if main is None or any(not (m.types & main.types) for m in kinds):
+            return None
+        available = tuple(sorted(kind for kind in main.types if kind in self.by_kind))
+        if not available:
+            return None
+        colours = frozenset().union(*(m.colours for m in mentions if m is not main))
+        genders = frozenset().union(*(m.genders for m in mentions))
+        return text, available, Concepts(main.types, main.types, colours, genders), main
+
+    def paired_example(self, style: str, random: np.random.Generator) -> Example:
+        """A sentence, the description of a product with its concepts, perhaps the photograph."""
+        pairs = self.paired[style]
+        text, kinds, said, main = pairs[random.integers(len(pairs))]
+        kind = kinds[random.integers(len(kinds))]
+        if random.random() < 0.15:
+            text, kind = self._transferred(text, kind, main, random)
+        members = self.by_kind[kind]
+        for _ in range(30):
+            index = members[random.integers(len(members))]
+            concepts = self.concepts[index]
+            if said.colours and not (said.colours & concepts.colours):
+                continue
+            if said.genders and concepts.genders and not (said.genders & concepts.genders):
+                continue
+            product = self.products[index]
+            formal = (product.description, *product.titles)
+            description = formal[random.integers(len(formal))]
+            if not lexicon().concepts(description).head & self.concepts[index].head:
+                description = product.description  # a title that does not name the kind
+            if said.colours and not lexicon().concepts(description).colours & said.colours:
+                description = product.description
+            return Example(text, style, description, product.image if random.random() < 0.5 else -1)
+        # no product has this colour: the concepts themselves are the description
+        words = sorted({m.form for m in lexicon().mentions(text) if m.colours and m is not main})
+        return Example(text, style, formal_description(kind, " ".join(words), ""))
+
+    def _transferred(
+        self, text: str, kind: str, main: Mention, random: np.random.Generator
+    ) -> tuple[str, str]:
+        """The same praise of another kind of garment or accessory, where it can be said of both."""
+        wearable = [k for k in self.by_kind if k in lexicon().wearable]
+        general = len(text.split()) <= 10 and not lexicon().garment_words.search(text)
+        if kind not in lexicon().praised or not general or not wearable:
+            return text, kind
+        target = wearable[random.integers(len(wearable))]
+        plural = main.form.endswith("s") and not main.form.endswith("ss")
+        if plural != (target.endswith("s") and not target.endswith("ss")):
+            return text, kind
+        before = text[: main.start]
+        vowel = target[0] in "aeiou"
+        before = re.sub(r"\b(a|an) $", "an " if vowel else "a ", before)
+        return before + target + text[main.end :], target
+
+    def plain_example(self, style: str, random: np.random.Generator) -> Example:
+        """A sentence of the style without a condition."""
+        texts = self.plain[style]
+        return Example(texts[random.integers(len(texts))], style)
+
+    def described_example(self, random: np.random.Generator) -> Example:
+        """A photograph and its formal description, kinds evened out by the square root."""
+        if not hasattr(self, "_photographed"):
+            self._photographed = np.array(
+                [i for i, product in enumerate(self.products) if product.image >= 0]
+            )
+        index = self._photographed[random.integers(len(self._photographed))]
+        product = self.products[index]
+        return Example(normalise(product.description), "formal", "", product.image)
+
+
+def sentence_hash(text: str) -> int:
+    """A 63-bit number of the sentence with its topic hidden: "this navy dress is so soft." and
+    "this red skirt is so soft." have the same one."""
+    hidden = re.sub(r"[^a-z' ]", "", lexicon().hide(normalise(text)))
+    digest = hashlib.blake2b(" ".join(hidden.split()).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stylegan import corpora
+from stylegan.corpora import Product, PseudoPairs
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ("I LOVE this “dress”!!!", "i love this dress!"),
+        ("so soft ,and   warm", "so soft, and warm."),
+        ("It’s cute &amp; comfy w/ jeans", "it's cute and comfy with jeans."),
+        ("spring/summer staple -", "spring or summer staple."),
+        ("", ""),
+    ],
+)
+def test_normalise_gives_plain_lower_case_sentences(raw: str, expected: str) -> None:
+    assert corpora.normalise(raw) == expected
+
+
+@given(st.text(max_size=60))
+def test_normalising_twice_changes_nothing_more(text: str) -> None:
+    once = corpora.normalise(text)
+    assert corpora.normalise(corpora.normalise(once)) == corpora.normalise(once)
+    assert once == once.lower() and once.isascii()
+
+
+def test_printed_sentences_begin_with_capitals() -> None:
+    assert corpora.sentence("so cute! love it") == "So cute! Love it."
+
+
+@pytest.mark.parametrize("text", ["I love it.", "it's on my desk.", "we're fans.", "Im in love."])
+def test_first_person_is_found(text: str) -> None:
+    assert corpora.is_first_person(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["So mild and sweet.", "A summery dress.", "Just us-style fun? no."]
+)
+def test_first_person_is_not_found_inside_words(text: str) -> None:
+    assert corpora.is_first_person(text) == ("us-" in text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Runs small so order a size up.",
+        "Got so many compliments on it!",
+        "Worth every dollar, $40.",
+    ],
+)
+def test_a_shop_cannot_say(text: str) -> None:
+    assert not corpora.is_sayable(text)
+
+
+def test_embedded_corpus_is_what_it_should_be() -> None:
+    lines = corpora.embedded_corpus()
+    assert len(lines) >= 2000
+    assert len({line.lower() for line in lines}) == len(lines)
+    assert not [line for line in lines if corpora.is_first_person(line)]
+    openings = [" ".join(line.lower().split()[:2]) for line in lines]
+    assert max(map(openings.count, set(openings))) < 0.03 * len(lines)
+
+
+def test_description_concepts_take_the_last_noun_as_head() -> None:
+    concepts = corpora.lexicon().concepts("Nike Men Navy Blue Dress Shirt")
+    assert "shirt" in concepts.head
+    assert concepts.colours == {"blue"}
+    assert concepts.genders == {"men"}
+
+
+@pytest.mark.parametrize(
+    ("caption", "description", "named", "contradicts"),
+    [
+        ("Such a soft black tee!", "Black t-shirt for men", True, False),
+        ("Such a soft red tee!", "Black t-shirt for men", True, True),
+        ("Such a soft tee!", "Black t-shirt for men", True, False),
+        ("Such a soft dress!", "Black t-shirt for men", False, True),
+        ("So soft and easy!", "Black t-shirt for men", False, False),
+        ("These sneakers are fun.", "White casual shoes", True, False),
+        ("Shoes any woman will love.", "White casual shoes for men", True, True),
+        ("A navy shirt is always right.", "Blue shirt", True, False),
+        ("Top notch shirt.", "Blue shirt", True, False),
+        ("Ripe orange, so juicy.", "Orange", True, False),
+        ("Dresses up any table, what an apple.", "Royal gala apple", True, False),
+    ],
+)
+def test_verdict(caption: str, description: str, named: bool, contradicts: bool) -> None:
+    lexicon = corpora.lexicon()
+    assert lexicon.verdict(caption, lexicon.concepts(description)) == (named, contradicts)
+
+
+def test_topic_is_hidden() -> None:
+    hide = corpora.lexicon().hide
+    assert hide("this navy dress is so soft.") == "this product is so soft."
+    one, other = "This navy dress is so soft.", "this red skirt is so soft!"
+    assert corpora.sentence_hash(one) == corpora.sentence_hash(other)
+    assert corpora.sentence_hash(one) != corpora.sentence_hash("this navy dress is so stiff.")
+
+
+def test_formal_description() -> None:
+    assert corpora.formal_description("t-shirt", "navy blue", "men") == "Navy blue t-shirt for men."
+
+
+def test_pseudo_pairs_agree_with_their_products() -> None:
+    products = [
+        Product(0, "Black watch for men.", ("Titan Men Black Watch",)),
+        Product(1, "White watch for women."),
+        Product(2, "Red dress for women."),
+    ]
+    sentences = [
+        "this black watch is so sleek.",
+        "such a pretty dress for summer.",
+        "looks great with any watch you have.",
+        "these jeans are the best thing ever.",
+    ]
+    pairs = PseudoPairs(products, {"colloquial": sentences}, min_sentences=1)
+    random = np.random.default_rng(0)
+    drawn = [pairs.paired_example("colloquial", random) for _ in range(200)]
+    # "with any watch" is an aside, and no product is a pair of jeans
+    assert {example.text for example in drawn} <= {
+        "this black watch is so sleek.", "such a pretty dress for summer.",
+        "such a pretty watch for summer.",
+    }  # fmt: skip
+    for example in drawn:
+        if "black watch" in example.text:
+            assert example.description in {"Black watch for men.", "Titan Men Black Watch"}
+            assert example.image in {0, -1}
+    assert any(example.image >= 0 for example in drawn)
+
+
+def test_too_few_sentences_are_refused_with_numbers() -> None:
+    with pytest.raises(ValueError, match=r"style 'funny': 1 of 2 sentences can be printed"):
+        PseudoPairs([Product(0, "Red dress.")], {"funny": ["I love it.", "what a fun dress."]})
+
+
+def test_tokeniser_comes_back_with_the_text() -> None:
+    tokenizer = corpora.train_tokenizer(corpora.embedded_corpus()[:400], 600)
+    text = "brand-new ZÜRICH watch, 50% off"
+    assert tokenizer.decode(tokenizer.encode(text).ids).strip() == text.lower()
+    assert tokenizer.token_to_id("<eos>") == 2
