@@ -1,0 +1,462 @@
+"""The Captioner: a batch of images in, captions out. Plain torch; each actor of the job holds one.
+
+A caption depends on its image, description, style, seed, the model and the decoding settings, and
+on nothing else: every forward pass runs on a tile of TILE rows and fixed length, whatever the size
+of the batch, and each row draws from its own random stream.
+
+A candidate is kept when it names the product, contradicts nothing that is known of it, is sayable
+by a shop and is no sentence of the training text; else the next one is drawn. When all fail, the
+best of them is delivered and marked for review.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from stylegan import corpora
+from stylegan.catalog import resolve_filesystem
+from stylegan.corpora import Concepts
+from stylegan.generator import BOS, EOS, PAD, Generator
+from stylegan.images import decode_image
+
+TILE = 32  # rows of every forward pass
+SHIPPED = Path(__file__).parent / "pretrained"
+_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
+SEEN = "seen_sentences.safetensors"
+
+# an image as bytes, a path, a PIL image or an array [H, W, 3] uint8; None with a description
+ImageLike = bytes | str | Path | Image.Image | np.ndarray | None
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How captions are drawn.
+
+    temperature: divides the logits. top_p: only the most likely tokens that make up this share are
+    drawn. max_new_tokens: length limit of a caption. candidates: how many are drawn for each
+    caption before the best by likelihood is chosen. max_candidates: how many at the most, until
+    one obeys.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 31
+    candidates: int = 1
+    max_candidates: int = 12
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature <= 5:
+            raise ValueError(f"temperature is {self.temperature}: choose one in (0, 5]")
+        if not self.max_new_tokens >= 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}: choose 1 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class Caption:
+    """One caption, or the reason why there is none.
+
+    text: the caption, null when failed. style: its style. score: the discriminator's, null without
+    one. description: the formal description given or predicted. needs_review: no candidate obeyed
+    all rules. num_generated_tokens: of the caption, its end included. seed: that it was drawn from.
+    """
+
+    text: str | None
+    style: str
+    score: float | None
+    description: str | None
+    needs_review: bool
+    num_generated_tokens: int
+    seed: int
+    error_class: str | None = None
+    error_message: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    text: str
+    tokens: int
+    rank: tuple[int, float]  # faults (0: obeys), then negative mean log-likelihood
+
+
+def model_revision(model: str | Path | None = None) -> str:
+    """Twelve hexadecimal digits that identify the weights, tokeniser and settings of a model."""
+    directory = local_model(model)
+    digest = hashlib.sha256()
+    for name in (*_FILES, SEEN, "discriminator.safetensors"):
+        path = directory / name
+        if path.exists():
+            digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:12]
+
+
+def local_model(model: str | Path | None = None) -> Path:
+    """The directory of a model on local disk; one on object storage is copied to a cache first.
+
+    Raises FileNotFoundError naming what is missing.
+    """
+    if model is None:
+        directory = SHIPPED
+    elif "://" in str(model):
+        directory = _download(str(model))
+    else:
+        directory = Path(model)
+    missing = [name for name in _FILES if not (directory / name).exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{model or directory} is no model directory: {', '.join(missing)} missing; give the "
+            "--output of jobs.train, or leave the model out for the shipped one"
+        )
+    return directory
+
+
+@cache
+def _download(uri: str) -> Path:
+    import tempfile
+
+    from pyarrow.fs import FileSelector
+
+    filesystem, root = resolve_filesystem(uri)
+    target = Path(tempfile.mkdtemp(prefix="stylegan-model-"))
+    for entry in filesystem.get_file_info(FileSelector(root, allow_not_found=True)):
+        if entry.is_file:
+            with filesystem.open_input_stream(entry.path) as stream:
+                (target / entry.base_name).write_bytes(stream.read())
+    return target
+
+
+def save_model(
+    directory: Path, generator: Generator, tokenizer: Tokenizer, decoding: Decoding,
+    seen: Iterable[str],
+) -> None:  # fmt: skip
+    """Writes a model directory that `Captioner.from_pretrained` and transformers load.
+
+    Weights are stored in half precision. seen: sentences that are never to be delivered.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    dtype = generator.dtype
+    generator.half().save_pretrained(directory)
+    generator.to(dtype)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    ).save_pretrained(directory)
+    GenerationConfig(
+        do_sample=True, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, **asdict(decoding)
+    ).save_pretrained(directory)
+    config = generator.config
+    preprocessor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3,
+        "size": {"height": config.image_size, "width": config.image_size},
+        "rescale_factor": 1 / 255, "image_mean": config.image_mean, "image_std": config.image_std,
+    }  # fmt: skip
+    (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
+    hashes = sorted({corpora.sentence_hash(text) for text in seen})
+    save_file({"hashes": torch.tensor(hashes, dtype=torch.int64)}, directory / SEEN)
+
+
+class Captioner:
+    """Writes captions with a trained model. Attributes: image_size (pixels of the square that the
+    model reads), styles, model_id, model_revision, decoding (the model's own settings)."""
+
+    def __init__(
+        self, generator: Generator, tokenizer: Tokenizer, decoding: Decoding,
+        *, seen: frozenset[int] = frozenset(), model_id: str = "", revision: str = "",
+        device: str = "cpu",
+    ) -> None:  # fmt: skip
+        self.generator = generator.to(device).float().eval()
+        self.tokenizer = tokenizer
+        self.decoding = decoding
+        self.device = device
+        self.seen = seen
+        self.model_id = model_id
+        self.model_revision = revision
+        self.image_size = generator.config.image_size
+        self.styles = tuple(generator.config.styles)
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str | Path | None = None, *, device: str | None = None
+    ) -> Captioner:
+        """The shipped model, or one from a directory or an s3:// URI that jobs.train wrote.
+
+        device: "cuda" where there is a GPU, else "cpu". Raises FileNotFoundError.
+        """
+        directory = local_model(model)
+        settings: dict[str, Any] = json.loads((directory / "generation_config.json").read_text())
+        seen = directory / SEEN
+        return cls(
+            Generator.from_pretrained(directory, dtype=torch.float32),
+            Tokenizer.from_file(str(directory / "tokenizer.json")),
+            Decoding(**{k: settings[k] for k in Decoding.__slots__ if k in settings}),
+            seen=frozenset(load_file(seen)["hashes"].tolist()) if seen.exists() else frozenset(),
+            model_id=str(model) if model is not None else "stylegan-small",
+            revision=model_revision(model),
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        )
+
+    def caption(
+        self, images: Sequence[ImageLike], style: str = "colloquial",
+        descriptions: Sequence[str | None] | None = None, seed: int | Sequence[int] = 0,
+        *, temperature: float | None = None, max_new_tokens: int | None = None,
+    ) -> list[Caption]:  # fmt: skip
+        """Captions of images, in order.
+
+        images: bytes, paths, PIL images or [H, W, 3] uint8 arrays; None where a description alone
+        is rewritten. descriptions: formal, one an image, None where it is to be predicted. seed:
+        one for all images alike, or one an image. A bad image gives a Caption with an error_class.
+        Raises ValueError for an unknown style or lengths that differ.
+        """
+        if style not in self.styles:
+            raise ValueError(f"unknown style {style!r}: this model writes {', '.join(self.styles)}")
+        given = [None] * len(images) if descriptions is None else list(descriptions)
+        seeds = [seed] * len(images) if isinstance(seed, int) else list(seed)
+        if not len(images) == len(given) == len(seeds):
+            raise ValueError(
+                f"{len(images)} images, {len(given)} descriptions and {len(seeds)} seeds: give as "
+                "many of each"
+            )
+        decoding = Decoding(
+            self.decoding.temperature if temperature is None else temperature,
+            self.decoding.top_p,
+            min(max_new_tokens or self.decoding.max_new_tokens, self._longest()),
+            self.decoding.candidates,
+            self.decoding.max_candidates,
+        )
+        loaded = [self._load(image) for image in images]
+        errors: dict[int, tuple[str, str]] = {}
+        for index, image in enumerate(loaded):
+            if isinstance(image, tuple):
+                errors[index] = image
+            elif image is None and not (given[index] or "").strip():
+                errors[index] = ("gone", "neither an image nor a description was given")
+        good = [index for index in range(len(images)) if index not in errors]
+        pixels = {i: image for i in good if isinstance(image := loaded[i], np.ndarray)}
+        features = self._features(pixels)
+
+        known = {i: text for i in good if (text := (given[i] or "").strip())}
+        concepts = {i: corpora.lexicon().concepts(text) for i, text in known.items()}
+        # the image is asked for what the description does not say
+        asked = [i for i in good if i in pixels and (i not in known or not concepts[i].head)]
+        predicted = self._describe(asked, features)
+        for index, text in predicted.items():
+            seen = corpora.lexicon().concepts(text)
+            if index in known:
+                concepts[index] = concepts[index].filled_from(seen)
+            else:
+                known[index], concepts[index] = text, seen
+
+        if style == "formal":
+            texts = {i: _Candidate(corpora.sentence(known[i]), 0, (0, 0.0)) for i in good}
+        else:
+            texts = self._rewrite(good, style, features, known, concepts, seeds, decoding)
+        return [
+            Caption(None, style, None, given[i], False, 0, seeds[i], *errors[i])
+            if i in errors
+            else Caption(
+                texts[i].text,
+                style,
+                None,
+                known[i],
+                texts[i].rank[0] > 0,
+                texts[i].tokens,
+                seeds[i],
+            )
+            for i in range(len(images))
+        ]
+
+    def _longest(self) -> int:
+        return int(self.generator.config.caption_length) - 1
+
+    def _load(self, image: ImageLike) -> np.ndarray | tuple[str, str] | None:
+        """Pixels [S, S, 3] uint8, None for no image, or (error_class, error_message)."""
+        size = self.image_size
+        if image is None:
+            return None
+        if isinstance(image, np.ndarray):
+            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+                raise ValueError(
+                    f"an image array has shape {list(image.shape)} and type {image.dtype}: give "
+                    "[H, W, 3] uint8, or the file's bytes"
+                )
+            if image.shape[:2] == (size, size):
+                return image
+            image = Image.fromarray(image)
+        if isinstance(image, str | Path):
+            try:
+                data = Path(image).read_bytes()
+            except FileNotFoundError:
+                return "gone", f"there is no file {image}"
+            except OSError as error:
+                return "unreadable", f"{image}: {error.strerror}"
+        elif isinstance(image, Image.Image):
+            buffer = io.BytesIO()
+            image.save(buffer, format="PNG")
+            data = buffer.getvalue()
+        else:
+            data = image
+        decoded = decode_image(data, size)
+        if decoded.pixels is None:
+            return decoded.error_class or "unreadable", decoded.error_message or ""
+        return decoded.pixels
+
+    @torch.inference_mode()
+    def _features(self, pixels: dict[int, np.ndarray]) -> dict[int, Tensor]:
+        """Features [I, C] of each image."""
+        features: dict[int, Tensor] = {}
+        size = self.image_size
+        indices = list(pixels)
+        for start in range(0, len(indices), TILE):
+            tile = indices[start : start + TILE]
+            batch = np.zeros((TILE, size, size, 3), dtype=np.uint8)
+            for row, index in enumerate(tile):
+                batch[row] = pixels[index]
+            images = self.generator.normalise(torch.from_numpy(batch).to(self.device))
+            output = self.generator.features(images.contiguous(memory_format=torch.channels_last))
+            features.update(zip(tile, output, strict=False))
+        return features
+
+    def _describe(self, rows: list[int], features: dict[int, Tensor]) -> dict[int, str]:
+        """The most likely formal description of each image (greedy)."""
+        texts: dict[int, str] = {}
+        for start in range(0, len(rows), TILE):
+            tile = rows[start : start + TILE]
+            generated = self._generate(tile, "formal", features, {}, [None] * len(tile), Decoding())
+            for row, (text, _, _, _) in zip(tile, generated, strict=True):
+                texts[row] = corpora.sentence(text).rstrip(".")
+        return texts
+
+    def _rewrite(
+        self, rows: list[int], style: str, features: dict[int, Tensor], known: dict[int, str],
+        concepts: dict[int, Concepts], seeds: Sequence[int], decoding: Decoding,
+    ) -> dict[int, _Candidate]:  # fmt: skip
+        """A caption for each row: candidates are drawn until one obeys."""
+        best: dict[int, _Candidate] = {}
+        pending = rows
+        for attempt in range(max(decoding.candidates, decoding.max_candidates)):
+            for start in range(0, len(pending), TILE):
+                tile = pending[start : start + TILE]
+                streams = [
+                    np.random.Generator(np.random.Philox(key=[seeds[i], attempt])) for i in tile
+                ]
+                generated = self._generate(tile, style, features, known, streams, decoding)
+                for row, (text, tokens, finished, score) in zip(tile, generated, strict=True):
+                    faults = self._faults(text, finished, concepts[row])
+                    candidate = _Candidate(corpora.sentence(text), tokens, (faults, -score))
+                    if row not in best or candidate.rank < best[row].rank:
+                        best[row] = candidate
+            if attempt + 1 >= decoding.candidates:
+                pending = [row for row in pending if best[row].rank[0] > 0]
+        return best
+
+    def _faults(self, text: str, finished: bool, concepts: Concepts) -> int:
+        """How badly a caption breaks the rules; 0 when it obeys them all."""
+        named, contradicts = corpora.lexicon().verdict(text, concepts)
+        words = text.split()
+        trigrams = list(zip(words, words[1:], words[2:], strict=False))
+        return (
+            8 * corpora.is_first_person(text)
+            + 4 * contradicts
+            + 4 * (not named)
+            + 2 * (not finished or len(trigrams) > len(set(trigrams)))
+            + (not corpora.is_sayable(text) or corpora.sentence_hash(text) in self.seen)
+        )
+
+    @torch.inference_mode()
+    def _generate(
+        self, rows: list[int], style: str, features: dict[int, Tensor], known: dict[int, str],
+        streams: Sequence[np.random.Generator | None], decoding: Decoding,
+    ) -> list[tuple[str, int, bool, float]]:  # fmt: skip
+        """One tile: (text, tokens, whether it ended, mean log-likelihood) of each row.
+
+        A row without a stream is decoded greedily, with zero noise.
+        """
+        config = self.generator.config
+        longest = decoding.max_new_tokens
+        image = torch.zeros(TILE, config.image_length, self.generator.projector[0].in_features)
+        image = image.to(self.device)
+        has_image = torch.zeros(TILE, dtype=torch.bool, device=self.device)
+        description = torch.full((TILE, config.description_length), PAD, device=self.device)
+        noise = np.zeros((TILE, config.noise_size), dtype=np.float32)
+        uniform = np.zeros((TILE, longest), dtype=np.float32)
+        for slot, (row, stream) in enumerate(zip(rows, streams, strict=True)):
+            if row in features:
+                image[slot], has_image[slot] = features[row], True
+            if row in known:
+                ids = self.tokenizer.encode(known[row]).ids[: config.description_length]
+                description[slot, : len(ids)] = torch.tensor(ids)
+            if stream is not None:
+                noise[slot] = stream.standard_normal(config.noise_size, dtype=np.float32)
+                uniform[slot] = stream.random(longest, dtype=np.float32)
+        styles = torch.full((TILE,), config.styles.index(style), device=self.device)
+        prefix, mask = self.generator.prefix(
+            image, has_image, description, styles, torch.from_numpy(noise).to(self.device)
+        )
+        greedy = torch.tensor([s is None for s in streams] + [True] * (TILE - len(streams)))
+        draws = torch.from_numpy(uniform).to(self.device)
+        greedy = greedy.to(self.device)
+
+        embed = self.generator.language.get_input_embeddings()
+        start = torch.full((TILE, 1), BOS, device=self.device)
+        inputs = torch.cat([prefix, embed(start)], dim=1)
+        mask = torch.cat([mask, torch.ones_like(start)], dim=1)
+        positions = torch.arange(inputs.shape[1], device=self.device).expand(TILE, -1)
+        cache, produced, scores = None, [], []
+        ended = torch.zeros(TILE, dtype=torch.bool, device=self.device)
+        ended[len(rows) :] = True
+        for step in range(longest):
+            output = self.generator.language(
+                inputs_embeds=inputs, attention_mask=mask, position_ids=positions,
+                past_key_values=cache, use_cache=True,
+            )  # fmt: skip
+            cache = output.past_key_values
+            log_probs = output.logits[:, -1].float().log_softmax(-1)
+            token = _draw(log_probs, draws[:, step], greedy, decoding)
+            token = torch.where(ended, PAD, token)
+            scores.append(log_probs.gather(1, token[:, None]).squeeze(1) * ~ended)
+            produced.append(token)
+            ended = ended | (token == EOS)
+            if bool(ended.all()):
+                break
+            inputs = embed(token[:, None])
+            mask = torch.cat([mask, torch.ones_like(start)], dim=1)
+            positions = positions[:, -1:] + 1
+        tokens = torch.stack(produced, 1).tolist()
+        totals = torch.stack(scores, 1).sum(1).tolist()
+        results = []
+        for slot in range(len(rows)):
+            ids = [token for token in tokens[slot] if token != PAD]
+            finished = bool(ids) and ids[-1] == EOS
+            text = self.tokenizer.decode([t for t in ids if t != EOS]).strip()
+            results.append((text, len(ids), finished, totals[slot] / max(1, len(ids))))
+        return results
+
+
+def _draw(log_probs_BV: Tensor, uniform_B: Tensor, greedy_B: Tensor, decoding: Decoding) -> Tensor:
+    """A token for each row by inverting the distribution at the row's uniform number."""
+    best = log_probs_BV.argmax(-1)
+    probabilities, order = (
+        (log_probs_BV / decoding.temperature).softmax(-1).sort(-1, descending=True)
+    )
+    cumulative = probabilities.cumsum(-1)
+    kept = (cumulative - probabilities) < decoding.top_p  # the first is always kept
+    cumulative = torch.where(kept, cumulative, torch.inf)
+    total = (probabilities * kept).sum(-1)
+    place = (cumulative < (uniform_B * total)[:, None]).sum(-1)
+    place = torch.minimum(place, kept.sum(-1) - 1)
+    drawn = order.gather(1, place[:, None]).squeeze(1)
+    return torch.where(greedy_B, best, drawn)

@@ -1,0 +1,167 @@
+"""Prepares the shipped model's training data: one catalogue, one file of colloquial sentences.
+
+    python -m stylegan.pretrained.recipe DATA BUILD
+
+DATA holds the folders described in the model card (fashion, street, grocery, colloquial); BUILD
+gets `catalog.csv` (image, description, title, type, colour, gender, split) and `colloquial.csv`
+(text, split). The drawn samples and the embedded corpus of this package are added to both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from stylegan import corpora
+from stylegan.samples import write_samples
+
+# the retailer's article types, in the singular words of a title
+TYPES = {
+    "Tshirts": "t-shirt", "Shirts": "shirt", "Casual Shoes": "casual shoes", "Tops": "top",
+    "Kurtas": "kurta", "Sports Shoes": "sports shoes", "Watches": "watch", "Handbags": "handbag",
+    "Heels": "heels", "Sweaters": "sweater", "Flip Flops": "flip flops", "Sandals": "sandals",
+    "Wallets": "wallet", "Sweatshirts": "sweatshirt", "Belts": "belt", "Sunglasses": "sunglasses",
+    "Trousers": "trousers", "Formal Shoes": "formal shoes", "Jeans": "jeans", "Socks": "socks",
+    "Jackets": "jacket", "Flats": "flats", "Backpacks": "backpack", "Briefs": "briefs",
+    "Shorts": "shorts", "Innerwear Vests": "vest", "Caps": "cap", "Ties": "tie",
+    "Track Pants": "track pants", "Kurtis": "kurti", "Mufflers": "muffler", "Clutches": "clutch",
+    "Dresses": "dress", "Accessory Gift Set": "accessory gift set", "Scarves": "scarf",
+    "Trunk": "trunks", "Skirts": "skirt", "Capris": "capris", "Laptop Bag": "laptop bag",
+    "Cufflinks": "cufflinks", "Perfume and Body Mist": "perfume", "Tunics": "tunic",
+    "Stockings": "stockings", "Duffel Bag": "duffel bag", "Mobile Pouch": "mobile pouch",
+    "Leggings": "leggings", "Deodorant": "deodorant", "Tracksuits": "tracksuit",
+    "Sports Sandals": "sports sandals", "Bra": "bra", "Gloves": "gloves",
+    "Shoe Accessories": "shoe care kit", "Messenger Bag": "messenger bag",
+    "Fragrance Gift Set": "fragrance gift set", "Dupatta": "dupatta",
+    "Lounge Shorts": "lounge shorts", "Umbrellas": "umbrella", "Churidar": "churidar",
+    "Stoles": "stole", "Travel Accessory": "travel accessory", "Hat": "hat",
+    "Headband": "headband", "Lounge Pants": "lounge pants", "Waistcoat": "waistcoat",
+    "Kurta Sets": "kurta set", "Waist Pouch": "waist pouch", "Rucksacks": "rucksack",
+    "Necklace and Chains": "necklace", "Sarees": "saree", "Footballs": "football",
+    "Bracelet": "bracelet", "Tights": "tights", "Boxers": "boxers", "Shrug": "shrug",
+}  # fmt: skip
+
+STREET = {
+    "t-shirt": "t-shirt", "outwear": "jacket", "longsleeve": "long-sleeve top", "dress": "dress",
+    "pants": "trousers", "shoes": "shoes", "shirt": "shirt", "shorts": "shorts", "skirt": "skirt",
+    "hat": "hat", "undershirt": "undershirt", "polo": "polo", "blazer": "jacket",
+    "hoodie": "sweatshirt", "top": "top", "blouse": "top", "body": "top",
+}  # fmt: skip
+
+GROCERY = {"Satsumas": "satsuma", "Carrots": "carrot"}
+
+FIELDS = ("image", "description", "title", "type", "colour", "gender", "split")
+
+
+def rows(path: Path) -> Iterator[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        yield from csv.DictReader(file)
+
+
+def catalog(data: Path, build: Path) -> Iterator[dict[str, str]]:
+    """Rows of the training catalogue; images by absolute path."""
+    for row in rows(data / "fashion" / "products.csv"):
+        kind, colour = TYPES.get(row["article_type"], ""), row["base_colour"].lower()
+        gender = {"Men": "men", "Women": "women", "Boys": "boys", "Girls": "girls"}
+        whom = gender.get(row["gender"], "")
+        if kind:
+            yield {
+                "image": str(data / "fashion" / row["file"]),
+                "description": corpora.formal_description(kind, colour, whom),
+                "title": row["title"], "type": kind, "colour": corpora.colour_family(colour),
+                "gender": whom, "split": row["split"],
+            }  # fmt: skip
+    for row in rows(data / "street" / "products.csv"):
+        kind = STREET[row["class"]]
+        yield {
+            "image": str(data / "street" / row["file"]),
+            "description": corpora.formal_description(kind, "", ""),
+            "title": row["class"], "type": kind, "colour": "", "gender": "", "split": row["split"],
+        }  # fmt: skip
+    for row in rows(data / "grocery" / "products.csv"):
+        coarse = GROCERY.get(row["coarse_class"], row["coarse_class"].lower())
+        name = row["class"].lower()
+        # the kind stands in the description even where the label leaves it out ("royal gala")
+        title = name if corpora.has_type(name, coarse) else f"{name} {coarse}"
+        yield {
+            "image": str(data / "grocery" / row["file"]),
+            "description": corpora.sentence(title), "title": f"{title}. {row['description']}",
+            "type": title, "colour": "", "gender": "", "split": row["split"],
+        }  # fmt: skip
+    samples = write_samples(build / "samples", count=1200, seed=1)
+    for index, row in enumerate(rows(samples)):
+        yield {
+            "image": str(samples.parent / row["image"]),
+            "description": corpora.formal_description(row["type"], row["colour"], row["gender"]),
+            "title": row["description"], "type": row["type"],
+            "colour": corpora.colour_family(row["colour"]), "gender": row["gender"],
+            "split": "val" if index % 12 == 0 else "train",
+        }  # fmt: skip
+
+
+ONE = {"dress", "top", "blouse", "sweater", "skirt", "jacket", "coat", "shirt"}
+MANY = {"pants", "jeans", "shorts"}
+_PARTS = (
+    "fabric|material|colou?rs?|print|fit|cut|quality|details?|detailing|design|length|neckline|sleeves"
+    "|lace|style|pattern|texture|embroidery|construction|hem|waist"
+)
+
+
+def name_subject(text: str, garment: str) -> str:
+    """A review's sentence with the product it is known to be of in the place of its pronoun.
+
+    "It's soft and flowy." of a dress → "this dress is soft and flowy."; "the fabric is lovely." →
+    "the fabric of this dress is lovely.". Other sentences come back as they are.
+    """
+    text = corpora.normalise(text)
+    if corpora.lexicon().mentions(text):
+        return text
+    if garment in ONE:
+        text = re.sub(
+            r"^(it is|this is|it's|its) (?!(a|an|the|one|my|that)\b)", f"this {garment} is ", text
+        )
+        text = re.sub(r"^it (?!is|was|would|will|has been)", f"this {garment} ", text)
+        return re.sub(rf"^the ({_PARTS}) (is|are) ", rf"the \1 of this {garment} \2 ", text)
+    if garment in MANY:
+        text = re.sub(
+            r"^(they are|they're|these are) (?!(a|an|the|my)\b)", f"these {garment} are ", text
+        )
+        return re.sub(rf"^the ({_PARTS}) (is|are) ", rf"the \1 of these {garment} \2 ", text)
+    return text
+
+
+def sentences(data: Path) -> Iterator[dict[str, str]]:
+    """Colloquial sentences that may be used: the reviews' and the embedded corpus."""
+    for row in rows(data / "colloquial" / "sentences.csv"):
+        if row["source"] == "womens-reviews" and row["split"] == "train":
+            text = name_subject(row["text"], row["garment"])
+            yield {"text": text, "tier": row["tier"], "source": "reviews"}
+    for line in corpora.embedded_corpus():
+        yield {"text": line, "tier": "caption", "source": "embedded"}
+    for row in rows(data / "colloquial" / "attribute_phrases.csv"):
+        if row["split"] == "train":
+            yield {"text": row["text"], "tier": "phrase", "source": "phrases"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("build", type=Path)
+    arguments = parser.parse_args()
+    arguments.build.mkdir(parents=True, exist_ok=True)
+    data = arguments.data.resolve()
+    for name, fields, content in (
+        ("catalog.csv", FIELDS, catalog(data, arguments.build.resolve())),
+        ("colloquial.csv", ("text", "tier", "source"), sentences(data)),
+    ):
+        with (arguments.build / name).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=fields)
+            writer.writeheader()
+            writer.writerows(content)
+
+
+if __name__ == "__main__":
+    main()

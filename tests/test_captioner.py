@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoTokenizer
+
+from stylegan.captioner import Captioner, Decoding, model_revision, save_model
+
+
+@pytest.fixture(scope="module")
+def captioner(tiny_model: Path) -> Captioner:
+    return Captioner.from_pretrained(tiny_model, device="cpu")
+
+
+def noise_images(count: int, size: int) -> list[np.ndarray]:
+    random = np.random.default_rng(0)
+    return [random.integers(0, 256, (size, size, 3), dtype=np.uint8) for _ in range(count)]
+
+
+def test_a_caption_depends_on_its_row_alone(captioner: Captioner) -> None:
+    images, seeds = noise_images(70, captioner.image_size), list(range(70))
+    together = captioner.caption(images, seed=seeds)
+    backwards = captioner.caption(images[::-1], seed=seeds[::-1])[::-1]
+    alone = [captioner.caption([images[i]], seed=[seeds[i]])[0] for i in (0, 33, 69)]
+    assert together == backwards
+    assert [together[i] for i in (0, 33, 69)] == alone
+    assert len({caption.text for caption in together}) > 60
+
+
+def test_the_number_of_threads_changes_nothing(captioner: Captioner) -> None:
+    images, threads = noise_images(8, captioner.image_size), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = captioner.caption(images)
+        torch.set_num_threads(2)
+        assert captioner.caption(images) == one
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_seeds_change_captions(captioner: Captioner) -> None:
+    image = noise_images(1, captioner.image_size)
+    captions = captioner.caption(image * 5, seed=[1, 2, 3, 4, 5])
+    assert len({caption.text for caption in captions}) >= 4
+    assert [caption.seed for caption in captions] == [1, 2, 3, 4, 5]
+
+
+def test_every_kind_of_image_is_the_same_image(captioner: Captioner, tmp_path: Path) -> None:
+    pixels = noise_images(1, captioner.image_size)[0]
+    picture = Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    path = tmp_path / "image.png"
+    path.write_bytes(buffer.getvalue())
+    captions = captioner.caption([pixels, picture, buffer.getvalue(), path, str(path)])
+    assert len(set(captions)) == 1
+
+
+def test_bad_images_are_rows(captioner: Captioner, tmp_path: Path) -> None:
+    captions = captioner.caption([b"not an image", tmp_path / "none.jpg", None])
+    assert [caption.error_class for caption in captions] == ["not an image", "gone", "gone"]
+    assert [caption.text for caption in captions] == [None, None, None]
+
+
+def test_a_description_is_kept_and_needs_no_picture(captioner: Captioner) -> None:
+    [caption] = captioner.caption([None], descriptions=["Black watch for men"])
+    assert caption.description == "Black watch for men"
+    assert caption.text
+
+
+def test_formal_style_is_the_description(captioner: Captioner) -> None:
+    [caption] = captioner.caption([None], style="formal", descriptions=["black watch for men"])
+    assert caption.text == "Black watch for men."
+
+
+def test_an_untrained_model_is_marked_for_review(captioner: Captioner) -> None:
+    assert all(c.needs_review for c in captioner.caption([None] * 3, descriptions=["Watch"] * 3))
+
+
+def test_wrong_arguments_are_refused(captioner: Captioner) -> None:
+    with pytest.raises(ValueError, match="unknown style 'rude': this model writes formal, coll"):
+        captioner.caption([None], style="rude", descriptions=["Watch"])
+    with pytest.raises(ValueError, match="1 images, 2 descriptions"):
+        captioner.caption([None], descriptions=["Watch", "Belt"])
+    with pytest.raises(ValueError, match=r"shape \[4, 4\]"):
+        captioner.caption([np.zeros((4, 4), dtype=np.uint8)])
+    with pytest.raises(ValueError, match="temperature is 0"):
+        Decoding(temperature=0)
+
+
+def test_a_missing_model_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no model directory: config\.json"):
+        Captioner.from_pretrained(tmp_path)
+
+
+def test_the_revision_is_that_of_the_files(
+    tiny_model: Path, captioner: Captioner, tmp_path: Path
+) -> None:
+    assert model_revision(tiny_model) == captioner.model_revision
+    save_model(tmp_path, captioner.generator, captioner.tokenizer, Decoding(temperature=0.7), [])
+    captioner.generator.float()
+    assert model_revision(tmp_path) != captioner.model_revision
+
+
+def test_transformers_reads_the_directory(tiny_model: Path) -> None:
+    assert AutoConfig.from_pretrained(tiny_model).model_type == "stylegan_generator"
+    assert AutoTokenizer.from_pretrained(tiny_model).eos_token == "<eos>"
+    assert json.loads((tiny_model / "generation_config.json").read_text())["max_candidates"] == 2

@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from jobs import train as job
+from stylegan import corpora, training
+from stylegan.captioner import Captioner
+from stylegan.corpora import Example
+from stylegan.generator import EOS, Generator, GeneratorConfig
+from stylegan.training import Curves, NonFiniteLoss, Process, TrainingConfig
+
+KINDS = {"watch": "circle", "belt": "bar", "tie": "triangle"}
+COLOURS = {"red": (200, 30, 30), "blue": (30, 30, 200), "black": (20, 20, 20)}
+SENTENCES = [
+    f"{opening} {colour} {kind} {ending}"
+    for kind in KINDS
+    for colour in ["", *COLOURS]
+    for opening in ["such a lovely", "this is a really neat", "what a smart"]
+    for ending in ["for summer.", "for every day!", "that goes with anything.", "full of charm."]
+]
+
+
+def draw(kind: str, colour: str, seed: int) -> Image.Image:
+    """A coarse sign of a product: learned within seconds."""
+    random = np.random.default_rng(seed)
+    image = Image.new("RGB", (48, 48), (245, 245, 245))
+    pen, (x, y) = ImageDraw.Draw(image), random.integers(-5, 6, 2).tolist()
+    if kind == "watch":
+        pen.ellipse((12 + x, 12 + y, 36 + x, 36 + y), fill=COLOURS[colour])
+    elif kind == "belt":
+        pen.rectangle((4 + x, 20 + y, 44 + x, 28 + y), fill=COLOURS[colour])
+    else:
+        pen.polygon([(24 + x, 6 + y), (16 + x, 42 + y), (32 + x, 42 + y)], fill=COLOURS[colour])
+    return image
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A catalogue of coarse drawings and a file of colloquial sentences."""
+    directory = tmp_path_factory.mktemp("inputs")
+    with (directory / "catalog.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "description", "split"])
+        for index in range(180):
+            kind, colour = list(KINDS)[index % 3], list(COLOURS)[index // 3 % 3]
+            draw(kind, colour, index).save(directory / f"{index}.png")
+            split = "val" if index % 6 == 5 else "train"
+            writer.writerow([f"{index}.png", f"{colour} {kind}", split])
+    (directory / "sentences.txt").write_text("\n".join(SENTENCES) + "\n")
+    return directory
+
+
+def arguments(inputs: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "--catalog", str(inputs / "catalog.csv"), "--colloquial", str(inputs / "sentences.txt"),
+        "--output", str(output), "--preset", "tiny", "--workers", "0", "--backbone-epochs", "12",
+        "--backbone-batch", "16", "--likelihood-steps", "160", "--likelihood-batch", "32",
+        "--likelihood-rate", "3e-3", "--ema-decay", "0.9", "--save-every", "40",
+        "--report-every", "20", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model trained by the job itself, in this process."""
+    output = tmp_path_factory.mktemp("model")
+    assert run_job(arguments(inputs, output)) == 0
+    return output
+
+
+def run_job(line: list[str]) -> int:
+    before, sys.argv = sys.argv, ["jobs.train", *line]
+    try:
+        return job.main()
+    finally:
+        sys.argv = before
+
+
+def test_a_trained_model_sees_and_says(trained: Path) -> None:
+    """Held-out drawings are named right, in sentences that were not in the file."""
+    captioner = Captioner.from_pretrained(trained, device="cpu")
+    kinds = [(kind, colour) for kind in KINDS for colour in COLOURS]
+    images = [draw(kind, colour, 1000 + i) for i, (kind, colour) in enumerate(kinds)]
+    captions = captioner.caption(images, seed=list(range(9)))
+    right = [kind in (c.text or "").lower() for c, (kind, _) in zip(captions, kinds, strict=True)]
+    described = [c.description == f"{colour.capitalize()} {kind}"
+                 for c, (kind, colour) in zip(captions, kinds, strict=True)]  # fmt: skip
+    assert sum(described) >= 7, [caption.description for caption in captions]
+    assert sum(right) >= 7, [caption.text for caption in captions]
+
+
+def test_the_model_directory_is_complete(trained: Path) -> None:
+    names = {path.name for path in trained.iterdir()}
+    assert names >= {
+        "config.json", "model.safetensors", "tokenizer.json", "generation_config.json",
+        "preprocessor_config.json", "metrics.json", "README.md", "curves.png",
+    }  # fmt: skip
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert metrics["held_out_type_accuracy"] > 0.8
+    assert metrics["held_out_nats_per_token"] < math.log(1500) / 2
+
+
+def test_likelihood_goes_on_where_the_checkpoint_was(inputs: Path, tmp_path: Path) -> None:
+    """Stopped in mid-training and resumed, the weights are those of a training without a stop."""
+    line = arguments(inputs, tmp_path, "--likelihood-steps", "24", "--save-every", "8")
+    options = job.parser().parse_args([*line, "--backbone-epochs", "1"])
+    names = TrainingConfig.__dataclass_fields__
+    config = TrainingConfig(**{name: getattr(options, name) for name in names})
+    data = job.prepare(options, tmp_path)
+    states: list[dict[str, Any]] = []
+
+    def keep(state: dict[str, Any]) -> None:
+        path = tmp_path / f"{len(states)}.pt"
+        job.save_state(state, path)
+        states.append(job.load_state(path))
+
+    whole, _, _ = job.fit(config, data, Process(), None, keep, lambda line: None)
+    halfway = next(s for s in states if s["stage"] == "likelihood" and s["step"] == 16)
+    resumed, _, curves = job.fit(
+        config, data, Process(), halfway, lambda state: None, lambda line: None
+    )
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value, msg=name)
+    assert [row["stage"] for row in curves.rows].count("backbone held-out") == 1
+
+
+def test_mixture_moves_from_background_to_pairs() -> None:
+    products = [corpora.Product(0, "Red watch.")]
+    pairs = corpora.PseudoPairs(products, {"colloquial": ["such a lovely watch."]}, 1)
+    random = np.random.default_rng(0)
+
+    def share_background(progress: float) -> float:
+        drawn = training.draw_examples(pairs, ["background."], progress, 400, random)
+        return sum(example.text == "background." for example in drawn) / 400
+
+    assert share_background(0.0) == pytest.approx(0.4, abs=0.08)
+    assert share_background(1.0) == 0
+
+
+def test_loss_counts_each_token_once() -> None:
+    """A model whose logits are all equal needs log V nats for each token, the end included."""
+    tokenizer = corpora.train_tokenizer(["a smart watch."], 300)
+    config = GeneratorConfig.preset("tiny", tokenizer.get_vocab_size(), ["formal", "colloquial"])
+    generator = Generator(config).eval()
+    generator.language.transformer.wte.weight.data.zero_()
+    examples = [Example("a smart watch.", "colloquial", "Watch."), Example("a watch.", "", "", 0)]
+    batch = training.encode_batch(examples, tokenizer, config, torch.randn(1, 4, 64))
+    assert batch.has_image_B.tolist() == [False, True]
+    assert batch.style_B.tolist() == [1, 2]
+    loss, count = training.caption_loss(generator, batch, torch.zeros(2, 32), "cpu")
+    expected = sum(len(tokenizer.encode(example.text).ids) + 1 for example in examples)
+    assert count == expected == (batch.caption_BT != 0).sum()
+    assert loss.item() == pytest.approx(
+        expected * math.log(config.text_config.vocab_size), rel=1e-4
+    )
+    assert (batch.caption_BT == EOS).sum() == 2
+
+
+def test_unknown_labels_do_not_train() -> None:
+    logits = {"type": torch.randn(4, 3, requires_grad=True)}
+    training.attribute_loss(logits, {"type": torch.tensor([-1, -1, 2, 0])}).backward()
+    gradient = logits["type"].grad
+    assert gradient is not None
+    assert gradient[:2].abs().sum() == 0 and gradient[2:].abs().sum() > 0
+
+
+def test_a_loss_that_is_not_finite_stops_and_says_where() -> None:
+    with pytest.raises(NonFiniteLoss, match=r"likelihood loss is not finite at step 7: lower --likelihood-rate"):
+        Process().check_finite(torch.tensor(float("nan")), "likelihood", 7)
+
+
+def test_augmentation_keeps_range_and_shape() -> None:
+    images = torch.randint(0, 256, (5, 48, 48, 3), dtype=torch.uint8)
+    one = training.augment(images, 36, torch.Generator().manual_seed(1))
+    again = training.augment(images, 36, torch.Generator().manual_seed(1))
+    assert one.shape == (5, 3, 36, 36)
+    assert one.min() >= 0 and one.max() <= 1
+    assert torch.equal(one, again)
+
+
+def test_learning_rate_rises_and_falls() -> None:
+    factors = [training.warmup_cosine(step, 100) for step in range(101)]
+    assert factors[0] == pytest.approx(0.2)
+    assert max(factors) == pytest.approx(1)
+    assert factors[100] == pytest.approx(0, abs=1e-9)
+
+
+def test_progress_line_has_names_and_values() -> None:
+    assert Curves().add("likelihood", step=1200.0, nats_per_token=3.25) == (
+        "likelihood  step 1,200  nats per token 3.250"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: (d / "s.txt").write_text(""), "the file is empty"),
+        (lambda d: (d / "s.txt").write_text("I love it.\nwhat a tie it is.\n"), "1 of 2 sentences"),
+        (lambda d: (d / "s.txt").unlink(), "cannot be read"),
+        (
+            lambda d: (d / "c.csv").write_text("file,description\n1.png,red tie\n"),
+            "no column 'image'",
+        ),
+        (
+            lambda d: (d / "c.csv").write_text("image,description\n1.png,red tie\n"),
+            "none of 1 images",
+        ),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    change: Callable[[Path], Any], message: str, inputs: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    rows = (inputs / "catalog.csv").read_text().splitlines()[:13]
+    (tmp_path / "c.csv").write_text("\n".join(row.replace(",", ",", 1) for row in rows))
+    for index in range(12):
+        (tmp_path / f"{index}.png").write_bytes((inputs / f"{index}.png").read_bytes())
+    (tmp_path / "s.txt").write_text("\n".join(SENTENCES))
+    change(tmp_path)
+    line = [
+        "--catalog", str(tmp_path / "c.csv"), "--colloquial", str(tmp_path / "s.txt"),
+        "--output", str(tmp_path / "out"), "--preset", "tiny", "--workers", "0",
+    ]  # fmt: skip
+    assert run_job(line) in (1, 2)
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_workers_train_under_ray_and_agree(inputs: Path, tmp_path: Path) -> None:
+    line = arguments(
+        inputs, tmp_path / "model", "--workers", "2", "--backbone-epochs", "2",
+        "--likelihood-steps", "80",
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.train", *line], capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert Captioner.from_pretrained(tmp_path / "model").styles == ("formal", "colloquial")
+    assert list((tmp_path / "model" / "training").glob("*/checkpoint_*/state.pt"))

@@ -1,0 +1,23 @@
+"""A tiny model with random weights that speaks the vocabulary of the embedded corpus."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from stylegan import corpora
+from stylegan.captioner import Decoding, save_model
+from stylegan.generator import Generator, GeneratorConfig
+
+
+def write_tiny_model(directory: Path, seed: int = 0) -> Path:
+    """Saves a `tiny` generator (seconds, one core) as a model directory."""
+    corpus = corpora.embedded_corpus()
+    tokenizer = corpora.train_tokenizer(corpus, 1500)
+    torch.manual_seed(seed)
+    config = GeneratorConfig.preset("tiny", tokenizer.get_vocab_size(), ["formal", "colloquial"])
+    # two candidates keep the number of passes of an untrained model low
+    decoding = Decoding(max_new_tokens=12, max_candidates=2)
+    save_model(directory, Generator(config), tokenizer, decoding, corpus[:10])
+    return directory
