@@ -25,6 +25,7 @@ import numpy as np
 from jobs.train import InputError, read_table
 from stylegan import corpora, metrics
 from stylegan.captioner import Captioner
+from stylegan.report import model_card
 
 
 def measure(
@@ -151,9 +152,18 @@ def evaluate(arguments: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], 
     return rows, listing
 
 
+def write_card(model: Path, rows: dict[str, dict[str, Any]], notes: str) -> None:
+    """Adds the table to a model directory's `metrics.json` and writes its card anew."""
+    metrics_file = model / "metrics.json"
+    figures = json.loads(metrics_file.read_text()) | {"held-out fashion photographs": rows}
+    metrics_file.write_text(json.dumps(figures, indent=2) + "\n")
+    settings = json.loads((model / "training.json").read_text())
+    (model / "README.md").write_text(model_card(figures, settings, notes), encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m jobs.evaluate", description=__doc__.split("\n\n")[0],
+        prog="python -m jobs.evaluate", description=(__doc__ or "").split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--model", help="model directory; without: the shipped one")
@@ -165,6 +175,11 @@ def main() -> int:
     parser.add_argument("--only", default="", help="images whose path contains this")
     parser.add_argument("--limit", type=int, default=1000, help="held-out images at the most")
     parser.add_argument("--seed", type=int, default=0, help="of captions and detectors")
+    parser.add_argument(
+        "--card", metavar="NOTES",
+        help="write the figures into the model's metrics.json and card, with these Markdown notes "
+        "on its data",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, help="directory for the figures and the captions")
     arguments = parser.parse_args()
     try:
@@ -174,6 +189,8 @@ def main() -> int:
         return 2
     text = table(rows)
     print(text)
+    if arguments.card:
+        write_card(Path(arguments.model), rows, Path(arguments.card).read_text(encoding="utf-8"))
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / "evaluation.md").write_text(text, encoding="utf-8")

@@ -210,9 +210,11 @@ def prepare(arguments: argparse.Namespace, cache: Path) -> Data:
     data = read_catalog(arguments.catalog, size, cache)
     dev: dict[str, list[str]] = {}
     for style, texts in sentences.items():
-        kept_out = {t for t in texts if corpora.sentence_hash(t) % DEV_SHARE == 0}
-        dev[style] = [t for t in texts if t in kept_out]
-        sentences[style] = [t for t in texts if t not in kept_out]
+        # by what is left with the topic hidden, so that no near copy stays in training
+        numbers = [corpora.sentence_hash(text) for text in texts]
+        chosen = {n for n in numbers if n % DEV_SHARE == 0} or {min(numbers)}
+        dev[style] = [text for text, n in zip(texts, numbers, strict=True) if n in chosen]
+        sentences[style] = [text for text, n in zip(texts, numbers, strict=True) if n not in chosen]
     hidden = {corpora.normalise(t) for texts in dev.values() for t in texts}
     background = [text for text in background if text not in hidden]
     return dataclasses.replace(data, sentences=sentences, background=background, dev=dev)
@@ -244,12 +246,12 @@ def fit(
     curves = Curves(resume["curves"] if resume else [])
     pairs = corpora.PseudoPairs(data.products[: data.num_train], data.sentences)
     random = np.random.default_rng(config.seed)
-    dev_pairs = corpora.PseudoPairs(data.products[: data.num_train], data.dev, min_sentences=1)
+    dev_pairs = corpora.PseudoPairs(data.products[: data.num_train], data.dev, min_sentences=0)
     dev = [
         dev_pairs.paired_example(style, random)
         for style in data.dev
         for _ in range(2 * len(dev_pairs.paired[style]))
-    ] or [dev_pairs.plain_example(style, random) for style in data.dev for _ in range(50)]
+    ] or [corpora.Example(corpora.normalise(t), s) for s, texts in data.dev.items() for t in texts]
 
     def checkpoint(state: dict[str, Any]) -> None:
         # one dictionary for all that must survive; the adversarial stage adds the discriminator
@@ -329,7 +331,9 @@ def publish(
     filesystem, target = resolve_filesystem(arguments.output)
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
-        decoding = Decoding(arguments.temperature, arguments.top_p, 31, arguments.candidates)
+        decoding = Decoding(
+            arguments.temperature, arguments.top_p, arguments.top_k, candidates=arguments.candidates
+        )
         seen = [text for texts in data.sentences.values() for text in texts]
         save_model(directory, generator.cpu(), tokenizer, decoding, seen)
         settings = dataclasses.asdict(config)
@@ -432,7 +436,7 @@ def train_here(arguments: argparse.Namespace, config: TrainingConfig, cache: Pat
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m jobs.train", description=__doc__.split("\n\n")[0],
+        prog="python -m jobs.train", description=(__doc__ or "").split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--catalog", required=True, help="table of images and formal descriptions")
@@ -447,6 +451,7 @@ def parser() -> argparse.ArgumentParser:
         "--temperature", type=float, default=0.8, help="the model's own, for captions"
     )
     parser.add_argument("--top-p", type=float, default=0.95, help="the model's own, for captions")
+    parser.add_argument("--top-k", type=int, default=100, help="the model's own, for captions")
     parser.add_argument("--candidates", type=int, default=1, help="drawn for each caption")
     parser.add_argument("--notes", help="a Markdown file that goes into the model card")
     for field in dataclasses.fields(TrainingConfig):

@@ -5,8 +5,8 @@ on nothing else: every forward pass runs on a tile of TILE rows and fixed length
 of the batch, and each row draws from its own random stream.
 
 A candidate is kept when it names the product, contradicts nothing that is known of it, is sayable
-by a shop and is no sentence of the training text; else the next one is drawn. When all fail, the
-best of them is delivered and marked for review.
+by a shop, has no word that people do not use and is no sentence of the training text; else the
+next one is drawn. When all fail, the best of them is delivered and marked for review.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -37,7 +38,7 @@ from stylegan.images import decode_image
 TILE = 32  # rows of every forward pass
 SHIPPED = Path(__file__).parent / "pretrained"
 _FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
-SEEN = "seen_sentences.safetensors"
+SEEN = "training_text.safetensors"  # numbers of sentences and words, no text
 
 # an image as bytes, a path, a PIL image or an array [H, W, 3] uint8; None with a description
 ImageLike = bytes | str | Path | Image.Image | np.ndarray | None
@@ -48,13 +49,14 @@ class Decoding:
     """How captions are drawn.
 
     temperature: divides the logits. top_p: only the most likely tokens that make up this share are
-    drawn. max_new_tokens: length limit of a caption. candidates: how many are drawn for each
-    caption before the best by likelihood is chosen. max_candidates: how many at the most, until
-    one obeys.
+    drawn. top_k: only so many of the most likely tokens are, 0 for all. max_new_tokens: length
+    limit of a caption. candidates: how many are drawn for each caption before the best by
+    likelihood is chosen. max_candidates: how many at the most, until one obeys.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
     max_new_tokens: int = 31
     candidates: int = 1
     max_candidates: int = 12
@@ -145,8 +147,10 @@ def save_model(
 ) -> None:  # fmt: skip
     """Writes a model directory that `Captioner.from_pretrained` and transformers load.
 
-    Weights are stored in half precision. seen: sentences that are never to be delivered.
+    Weights are stored in half precision. seen: the training sentences, none of which is ever to
+    be delivered; words that occur less than twice in them count as invented.
     """
+    seen = list(seen)
     directory.mkdir(parents=True, exist_ok=True)
     dtype = generator.dtype
     generator.half().save_pretrained(directory)
@@ -165,8 +169,15 @@ def save_model(
         "rescale_factor": 1 / 255, "image_mean": config.image_mean, "image_std": config.image_std,
     }  # fmt: skip
     (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
-    hashes = sorted({corpora.sentence_hash(text) for text in seen})
-    save_file({"hashes": torch.tensor(hashes, dtype=torch.int64)}, directory / SEEN)
+    counts = Counter(word for text in seen for word in corpora.word_hashes(text))
+    tensors = {
+        "sentences": sorted({corpora.sentence_hash(text) for text in seen}),
+        "words": sorted(word for word, count in counts.items() if count > 1),
+    }
+    save_file(
+        {name: torch.tensor(values, dtype=torch.int64) for name, values in tensors.items()},
+        directory / SEEN,
+    )
 
 
 class Captioner:
@@ -175,7 +186,8 @@ class Captioner:
 
     def __init__(
         self, generator: Generator, tokenizer: Tokenizer, decoding: Decoding,
-        *, seen: frozenset[int] = frozenset(), model_id: str = "", revision: str = "",
+        *, seen: frozenset[int] = frozenset(),
+        words: frozenset[int] = frozenset(), model_id: str = "", revision: str = "",
         device: str = "cpu",
     ) -> None:  # fmt: skip
         self.generator = generator.to(device).float().eval()
@@ -183,6 +195,7 @@ class Captioner:
         self.decoding = decoding
         self.device = device
         self.seen = seen
+        self.words = words
         self.model_id = model_id
         self.model_revision = revision
         self.image_size = generator.config.image_size
@@ -198,12 +211,14 @@ class Captioner:
         """
         directory = local_model(model)
         settings: dict[str, Any] = json.loads((directory / "generation_config.json").read_text())
-        seen = directory / SEEN
+        text = load_file(directory / SEEN) if (directory / SEEN).exists() else {}
+        numbers = {name: frozenset(tensor.tolist()) for name, tensor in text.items()}
         return cls(
             Generator.from_pretrained(directory, dtype=torch.float32),
             Tokenizer.from_file(str(directory / "tokenizer.json")),
             Decoding(**{k: settings[k] for k in Decoding.__slots__ if k in settings}),
-            seen=frozenset(load_file(seen)["hashes"].tolist()) if seen.exists() else frozenset(),
+            seen=numbers.get("sentences", frozenset()),
+            words=numbers.get("words", frozenset()),
             model_id=str(model) if model is not None else "stylegan-small",
             revision=model_revision(model),
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
@@ -233,6 +248,7 @@ class Captioner:
         decoding = Decoding(
             self.decoding.temperature if temperature is None else temperature,
             self.decoding.top_p,
+            self.decoding.top_k,
             min(max_new_tokens or self.decoding.max_new_tokens, self._longest()),
             self.decoding.candidates,
             self.decoding.max_candidates,
@@ -373,6 +389,8 @@ class Captioner:
             + 4 * contradicts
             + 4 * (not named)
             + 2 * (not finished or len(trigrams) > len(set(trigrams)))
+            + 2 * bool(self.words and not corpora.word_hashes(text) <= self.words)
+            + (len(words) < 4)
             + (not corpora.is_sayable(text) or corpora.sentence_hash(text) in self.seen)
         )
 
@@ -449,9 +467,9 @@ class Captioner:
 def _draw(log_probs_BV: Tensor, uniform_B: Tensor, greedy_B: Tensor, decoding: Decoding) -> Tensor:
     """A token for each row by inverting the distribution at the row's uniform number."""
     best = log_probs_BV.argmax(-1)
-    probabilities, order = (
-        (log_probs_BV / decoding.temperature).softmax(-1).sort(-1, descending=True)
-    )
+    scaled = (log_probs_BV / decoding.temperature).softmax(-1)
+    probabilities, order = scaled.topk(decoding.top_k or scaled.shape[-1])
+    probabilities = probabilities / probabilities.sum(-1, keepdim=True)
     cumulative = probabilities.cumsum(-1)
     kept = (cumulative - probabilities) < decoding.top_p  # the first is always kept
     cumulative = torch.where(kept, cumulative, torch.inf)

@@ -136,10 +136,12 @@ class Lexicon:
 
     def __init__(self, tables: dict[str, Any]) -> None:
         types: dict[str, set[str]] = {}
-        self.own_forms: dict[str, set[str]] = {}
+        self.own: dict[str, set[str]] = {}  # form → the kinds that it names exactly
         for kind, entry in tables["types"].items():
             own = [kind, *entry["forms"]]
-            self.own_forms[kind] = {p for form in own for p in _plurals(form)}
+            for form in own:
+                for plural in _plurals(form):
+                    self.own.setdefault(plural, set()).add(kind)
             for form in [*own, *entry.get("also", [])]:
                 for plural in _plurals(form):
                     types.setdefault(plural, set()).add(kind)
@@ -185,15 +187,20 @@ class Lexicon:
         """What a formal description says: its first sentence's last kind of product is its head."""
         first = description.split(". ")[0]
         mentions = self.mentions(first) or self.mentions(description)
-        kinds = [mention for mention in mentions if mention.types]
-        # "orange" before a noun is a colour, alone it is a fruit
+        # "orange" beside another product is a colour, alone it is a fruit
+        kinds = [mention for mention in mentions if mention.types and not mention.colours]
+        kinds = kinds or [mention for mention in mentions if mention.types]
         head = kinds[-1] if kinds else None
         return Concepts(
-            head.types if head else frozenset(),
-            frozenset().union(*(mention.types for mention in kinds)),
+            self._exact(head) if head else frozenset(),
+            frozenset().union(*map(self._exact, kinds)),
             frozenset().union(*(m.colours for m in mentions if m is not head)),
             frozenset().union(*(m.genders for m in mentions)),
         )
+
+    def _exact(self, mention: Mention) -> frozenset[str]:
+        """The kinds that a form names exactly, all that it may name when it is a loose word."""
+        return frozenset(self.own.get(mention.form, mention.types))
 
     def verdict(self, caption: str, concepts: Concepts) -> tuple[bool, bool]:
         """(names the right kind, contradicts) for a caption and what its description says.
@@ -311,13 +318,8 @@ class PseudoPairs:
         self.concepts = [lexicon().concepts(product.description) for product in products]
         by_kind: dict[str, list[int]] = defaultdict(list)
         for index, concepts in enumerate(self.concepts):
-            # the kind that a description's head names most exactly: the one whose own form it is
             for kind in concepts.head:
-                if any(
-                    mention.form in lexicon().own_forms[kind]
-                    for mention in lexicon().mentions(products[index].description)
-                ):
-                    by_kind[kind].append(index)
+                by_kind[kind].append(index)
         self.by_kind = dict(by_kind)
         self.plain: dict[str, list[str]] = {}  # nothing known: learned without a condition
         self.paired: dict[str, list[tuple[str, tuple[str, ...], Concepts, Mention]]] = {}
@@ -411,5 +413,14 @@ def sentence_hash(text: str) -> int:
     """A 63-bit number of the sentence with its topic hidden: "this navy dress is so soft." and
     "this red skirt is so soft." have the same one."""
     hidden = re.sub(r"[^a-z' ]", "", lexicon().hide(normalise(text)))
-    digest = hashlib.blake2b(" ".join(hidden.split()).encode(), digest_size=8).digest()
+    return _number(" ".join(hidden.split()))
+
+
+def word_hashes(text: str) -> set[int]:
+    """63-bit numbers of the words of a text."""
+    return {_number(word) for word in re.findall(r"[a-z']+", normalise(text))}
+
+
+def _number(text: str) -> int:
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -1,10 +1,11 @@
-"""Prepares the shipped model's training data: one catalogue, one file of colloquial sentences.
+"""Makes the shipped model again: prepares its data, trains it, measures it, writes its card.
 
     python -m stylegan.pretrained.recipe DATA BUILD
 
 DATA holds the folders described in the model card (fashion, street, grocery, colloquial); BUILD
 gets `catalog.csv` (image, description, title, type, colour, gender, split) and `colloquial.csv`
-(text, split). The drawn samples and the embedded corpus of this package are added to both.
+(text, tier, source), then `model/`. The drawn samples and the embedded corpus of this package are
+added to both. Run again after a stop, the training goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import argparse
 import csv
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +55,12 @@ STREET = {
 }  # fmt: skip
 
 GROCERY = {"Satsumas": "satsuma", "Carrots": "carrot"}
+
+# the rest are the defaults of jobs.train
+SETTINGS = [
+    "--preset", "small", "--workers", "0", "--backbone-epochs", "24",
+    "--likelihood-steps", "4500", "--likelihood-rate", "1.5e-3",
+]  # fmt: skip
 
 FIELDS = ("image", "description", "title", "type", "colour", "gender", "split")
 
@@ -147,7 +156,7 @@ def sentences(data: Path) -> Iterator[dict[str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("build", type=Path)
     arguments = parser.parse_args()
@@ -161,6 +170,18 @@ def main() -> None:
             writer = csv.DictWriter(file, fieldnames=fields)
             writer.writeheader()
             writer.writerows(content)
+    build = arguments.build
+    here = Path(__file__).parent
+    inputs = ["--catalog", str(build / "catalog.csv")]
+    sentences_file = str(build / "colloquial.csv")
+    train = [*inputs, "--colloquial", sentences_file, "--output", str(build / "model"), *SETTINGS]
+    measure = [
+        *inputs, "--training", sentences_file, "--model", str(build / "model"),
+        "--only", "fashion/", "--real", str(data / "colloquial" / "sentences.csv"),
+        "--output", str(build / "evaluation"), "--card", str(here / "notes.md"),
+    ]  # fmt: skip
+    for job, line in (("jobs.train", train), ("jobs.evaluate", measure)):
+        subprocess.run([sys.executable, "-m", job, *line], check=True)
 
 
 if __name__ == "__main__":

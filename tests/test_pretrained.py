@@ -1,0 +1,67 @@
+"""The shipped model on drawings that it has not seen."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from stylegan import corpora, metrics
+from stylegan.captioner import SHIPPED, Caption, Captioner
+from stylegan.samples import write_samples
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """66 drawings of another seed than those of the training."""
+    path = write_samples(tmp_path_factory.mktemp("samples"), count=66, seed=977)
+    with path.open(newline="") as file:
+        return [row | {"path": str(path.parent / row["image"])} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def captions(samples: list[dict[str, str]]) -> list[Caption]:
+    captioner = Captioner.from_pretrained(device="cpu")
+    return captioner.caption([row["path"] for row in samples], seed=list(range(len(samples))))
+
+
+def test_it_is_small() -> None:
+    size = sum(path.stat().st_size for path in SHIPPED.iterdir() if path.is_file())
+    assert size < 25e6
+
+
+def test_it_names_what_is_drawn(samples: list[dict[str, str]], captions: list[Caption]) -> None:
+    truths = [corpora.lexicon().concepts(row["description"]) for row in samples]
+    content = metrics.content([caption.text or "" for caption in captions], truths)
+    assert content["type_right"].mean >= 0.8
+    assert content["colour_right"].mean >= 0.8
+
+
+def test_it_never_speaks_as_a_customer(captions: list[Caption]) -> None:
+    assert not [c.text for c in captions if corpora.is_first_person(c.text or "")]
+
+
+def test_it_does_not_recite(captions: list[Caption]) -> None:
+    texts = [caption.text or "" for caption in captions]
+    assert len(set(texts)) >= 0.95 * len(texts)
+    assert metrics.novelty(texts, corpora.embedded_corpus()) == 1
+
+
+def test_descriptions_without_pictures_are_rewritten() -> None:
+    titles = ["Titan Men Black Dial Watch", "Lino Perros Women Brown Leather Handbag",
+              "Puma Men White Running Shoes", "Fresh red grapefruit"]  # fmt: skip
+    captioner = Captioner.from_pretrained(device="cpu")
+    written = captioner.caption([None] * 4, descriptions=titles)
+    for title, caption in zip(titles, written, strict=True):
+        concepts = corpora.lexicon().concepts(title)
+        assert corpora.lexicon().verdict(caption.text or "", concepts) == (True, False)
+        assert not caption.needs_review
+        assert caption.text and caption.text[0].isupper()
+
+
+def test_its_card_says_where_it_comes_from() -> None:
+    card = (SHIPPED / "README.md").read_text(encoding="utf-8")
+    assert "pipeline_tag: image-to-text" in card
+    for part in ("## Data", "CC0", "## Measured quality", "jobs.train"):
+        assert part in card, Path(SHIPPED / "README.md")
