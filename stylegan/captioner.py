@@ -14,9 +14,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from stylegan.generator import BOS, EOS, PAD, Generator
 from stylegan.images import decode_image
 
 TILE = 32  # rows of every forward pass
+SURE = 0.7  # probability from which a colour that was seen may be said
 SHIPPED = Path(__file__).parent / "pretrained"
 _FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
 SEEN = "training_text.safetensors"  # numbers of sentences and words, no text
@@ -86,6 +88,14 @@ class Caption:
     seed: int
     error_class: str | None = None
     error_message: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Generated:
+    text: str
+    ids: list[int]
+    log_probabilities: list[float]  # of each id, nats
+    finished: bool  # whether it ended by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,8 +279,7 @@ class Captioner:
         # the image is asked for what the description does not say
         asked = [i for i in good if i in pixels and (i not in known or not concepts[i].head)]
         predicted = self._describe(asked, features)
-        for index, text in predicted.items():
-            seen = corpora.lexicon().concepts(text)
+        for index, (text, seen) in predicted.items():
             if index in known:
                 concepts[index] = concepts[index].filled_from(seen)
             else:
@@ -346,15 +355,34 @@ class Captioner:
             features.update(zip(tile, output, strict=False))
         return features
 
-    def _describe(self, rows: list[int], features: dict[int, Tensor]) -> dict[int, str]:
-        """The most likely formal description of each image (greedy)."""
-        texts: dict[int, str] = {}
+    def _describe(
+        self, rows: list[int], features: dict[int, Tensor]
+    ) -> dict[int, tuple[str, Concepts]]:
+        """The most likely formal description of each image (greedy), and what may be said of it.
+
+        A colour that the model is not sure of stands in the description, but no caption says it.
+        """
+        texts: dict[int, tuple[str, Concepts]] = {}
         for start in range(0, len(rows), TILE):
             tile = rows[start : start + TILE]
             generated = self._generate(tile, "formal", features, {}, [None] * len(tile), Decoding())
-            for row, (text, _, _, _) in zip(tile, generated, strict=True):
-                texts[row] = corpora.sentence(text).rstrip(".")
+            for row, written in zip(tile, generated, strict=True):
+                concepts = corpora.lexicon().concepts(written.text)
+                colours = [m for m in corpora.lexicon().mentions(written.text) if m.colours]
+                if any(self._confidence(written, m.end) < SURE for m in colours):
+                    concepts = replace(concepts, colours=frozenset())
+                texts[row] = corpora.sentence(written.text).rstrip("."), concepts
         return texts
+
+    def _confidence(self, written: _Generated, end: int) -> float:
+        """The probability of a generated text's first `end` characters."""
+        total, ids = 0.0, []
+        for token, log_probability in zip(written.ids, written.log_probabilities, strict=True):
+            if len(self.tokenizer.decode(ids).strip()) >= end:
+                break
+            ids.append(token)
+            total += log_probability
+        return math.exp(total)
 
     def _rewrite(
         self, rows: list[int], style: str, features: dict[int, Tensor], known: dict[int, str],
@@ -370,9 +398,12 @@ class Captioner:
                     np.random.Generator(np.random.Philox(key=[seeds[i], attempt])) for i in tile
                 ]
                 generated = self._generate(tile, style, features, known, streams, decoding)
-                for row, (text, tokens, finished, score) in zip(tile, generated, strict=True):
-                    faults = self._faults(text, finished, concepts[row])
-                    candidate = _Candidate(corpora.sentence(text), tokens, (faults, -score))
+                for row, written in zip(tile, generated, strict=True):
+                    faults = self._faults(written.text, written.finished, concepts[row])
+                    score = sum(written.log_probabilities) / max(1, len(written.ids))
+                    candidate = _Candidate(
+                        corpora.sentence(written.text), len(written.ids), (faults, -score)
+                    )
                     if row not in best or candidate.rank < best[row].rank:
                         best[row] = candidate
             if attempt + 1 >= decoding.candidates:
@@ -391,6 +422,7 @@ class Captioner:
             + 2 * (not finished or len(trigrams) > len(set(trigrams)))
             + 2 * bool(self.words and not corpora.word_hashes(text) <= self.words)
             + (len(words) < 4)
+            + (not corpora.is_well_formed(text))
             + (not corpora.is_sayable(text) or corpora.sentence_hash(text) in self.seen)
         )
 
@@ -398,11 +430,8 @@ class Captioner:
     def _generate(
         self, rows: list[int], style: str, features: dict[int, Tensor], known: dict[int, str],
         streams: Sequence[np.random.Generator | None], decoding: Decoding,
-    ) -> list[tuple[str, int, bool, float]]:  # fmt: skip
-        """One tile: (text, tokens, whether it ended, mean log-likelihood) of each row.
-
-        A row without a stream is decoded greedily, with zero noise.
-        """
+    ) -> list[_Generated]:  # fmt: skip
+        """One tile. A row without a stream is decoded greedily, with zero noise."""
         config = self.generator.config
         longest = decoding.max_new_tokens
         image = torch.zeros(TILE, config.image_length, self.generator.projector[0].in_features)
@@ -454,13 +483,13 @@ class Captioner:
             mask = torch.cat([mask, torch.ones_like(start)], dim=1)
             positions = positions[:, -1:] + 1
         tokens = torch.stack(produced, 1).tolist()
-        totals = torch.stack(scores, 1).sum(1).tolist()
+        log_probabilities = torch.stack(scores, 1).tolist()
         results = []
         for slot in range(len(rows)):
             ids = [token for token in tokens[slot] if token != PAD]
             finished = bool(ids) and ids[-1] == EOS
             text = self.tokenizer.decode([t for t in ids if t != EOS]).strip()
-            results.append((text, len(ids), finished, totals[slot] / max(1, len(ids))))
+            results.append(_Generated(text, ids, log_probabilities[slot][: len(ids)], finished))
         return results
 
 

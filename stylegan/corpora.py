@@ -79,6 +79,38 @@ def is_sayable(text: str) -> bool:
     )
 
 
+_ONE = re.compile(r"\b(this|that|a|an|another|every)( \w+(ing|ed|y|al|ic|e|d|k|t))?$")
+_MANY = re.compile(r"\b(these|those|many|few)( \w+)?$")
+_OTHER = re.compile(r"\b(of|on|in|with|for|at|to|and)\b")
+_TWICE = re.compile(r"\b(\w{4,})( and| or| to)?( so| very| super)? \1\b")
+
+
+def is_well_formed(text: str) -> bool:
+    """Whether products agree in number with their articles and verbs, and no word is said twice.
+
+    "These belt are nice.", "this shoes", "a shorts" and "soft and soft" are not. It finds the
+    commonest slips, no more; a pair of shoes is one, and so is what has a noun after it.
+    """
+    text = normalise(text)
+    if _TWICE.search(text):
+        return False
+    for mention in lexicon().mentions(text):
+        if not mention.types:
+            continue
+        before, after = text[: mention.start].rstrip(), text[mention.end :]
+        singular = lexicon().is_singular(mention.form)
+        followed = re.match(r"( (is|are|has|have|was|looks?|feels?|makes?)\b|[.,!?]|$)", after)
+        if singular is None or not followed:
+            continue
+        # "the colours of this skirt are": the verb belongs to another noun
+        verb = "" if _OTHER.search(before) else after
+        if singular and (_MANY.search(before) or re.match(r" (are|have)\b", verb)):
+            return False
+        if not singular and (_ONE.search(before) or re.match(r" (is|has|looks|feels)\b", verb)):
+            return False
+    return True
+
+
 def embedded_corpus() -> list[str]:
     """The project's own colloquial sentences, written for it (`colloquial.txt`)."""
     text = resources.files("stylegan").joinpath("colloquial.txt").read_text(encoding="utf-8")
@@ -197,6 +229,14 @@ class Lexicon:
             frozenset().union(*(m.colours for m in mentions if m is not head)),
             frozenset().union(*(m.genders for m in mentions)),
         )
+
+    def is_singular(self, form: str) -> bool | None:
+        """Whether a form is one thing ("watch"), many ("watches", "jeans"); None: either."""
+        if form.endswith("s") and not form.endswith(("ss", "us", "is")):
+            return False
+        # "men's watch" and "sweet potato" have a plural among the forms; "jean" is half of "jeans"
+        plurals = set(_plurals(form)) - {form}
+        return True if plurals & set(self.types) else None
 
     def _exact(self, mention: Mention) -> frozenset[str]:
         """The kinds that a form names exactly, all that it may name when it is a loose word."""

@@ -99,6 +99,32 @@ def test_verdict(caption: str, description: str, named: bool, contradicts: bool)
     assert lexicon.verdict(caption, lexicon.concepts(description)) == (named, contradicts)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("These belt are so nice.", False),
+        ("This digital watches is handy.", False),
+        ("A plain slippers for the beach.", True),  # what follows is not looked at
+        ("This shoes, so light!", False),
+        ("So soft and soft.", False),
+        ("The shoes is fun.", False),
+        ("This pair of shoes is fun.", True),
+        ("The stitching on these jeans is neat.", True),
+        ("These jeans are so neat.", True),
+        ("This watch is handy and these straps are soft.", True),
+        ("A dress, a tie, some socks.", True),
+    ],
+)
+def test_well_formed(text: str, expected: bool) -> None:
+    assert corpora.is_well_formed(text) == expected
+
+
+def test_people_are_well_formed() -> None:
+    """The rule costs little of what people write."""
+    corpus = corpora.embedded_corpus()
+    assert sum(map(corpora.is_well_formed, corpus)) > 0.97 * len(corpus)
+
+
 def test_topic_is_hidden() -> None:
     hide = corpora.lexicon().hide
     assert hide("this navy dress is so soft.") == "this product is so soft."

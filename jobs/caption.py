@@ -1,0 +1,583 @@
+"""Captions a catalogue of images: read → decode → caption → write, streamed by Ray Data.
+
+    python -m jobs.caption --images s3://shop/catalog.parquet --output s3://shop/captions
+    ray job submit --working-dir . -- python -m jobs.caption --images … --output s3://…
+    python -m jobs.caption            captions the drawn sample catalogue into ./captions
+
+Each run is a directory `run=<UTC time>` below --output; its `data/` is the result. The same
+command again goes on with an unfinished run, and names a finished one. Exit code 0: every input row
+is in the output, failed ones too; 1: the run could not be completed, the same command mends it;
+2: the input or a flag is wrong, nothing was captioned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from functools import cache, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+
+from stylegan import cluster, parts
+from stylegan import run as runs
+from stylegan.catalog import CatalogError, freeze_catalog, read_image
+from stylegan.cluster import ClusterError, Pool
+from stylegan.images import IsolatedDecoder
+from stylegan.lock import RAY_JOB, Lock, LockError
+from stylegan.parts import OUTPUT, Settings
+from stylegan.progress import Progress
+from stylegan.run import Found, Run, RunError
+
+READ_CPUS = 0.5  # fetching waits for storage, decoding works in a child process
+WRITE_CPUS = 0.1
+# Ray Data starts what crashes again for ever; a unit that kills three actors stops the job.
+TASK_TRIES: Any = {"max_retries": 3}
+ACTOR_TRIES: Any = {"max_restarts": 8, "max_task_retries": 2}
+FETCH_THREADS = 16
+FETCH_ROWS = 64  # images held as bytes by a reader at a time, and as many again on their way
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The command line. None: decided by the model (decoding), the machine (actors) or the unit
+    (batch_size); images None: the sample catalogue."""
+
+    images: str | None
+    output: str
+    model: str | None
+    styles: tuple[str, ...]
+    id_column: str | None
+    image_column: str | None
+    description_column: str | None
+    captions_per_image: int
+    temperature: float | None
+    max_new_tokens: int | None
+    seed: int
+    limit: int | None
+    batch_size: int | None
+    actors: tuple[int, int] | None
+    gpus_per_actor: float | None
+
+
+class InputError(ValueError):
+    """A flag that cannot be obeyed here; the message names the flag and the remedy."""
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
+    """The configuration of a command line. Exits with code 2 and one line when it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.caption",
+        description=__doc__.partition("\n")[0] if __doc__ else None,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--images", metavar="URI", help="folder, glob, or manifest (CSV, JSON Lines, Parquet), on "
+        "disk or s3://; left out: the drawn sample catalogue")  # fmt: skip
+    add("--output", metavar="URI", default="captions", help="directory that gets a run=… directory "
+        "for this run (captions)")  # fmt: skip
+    add("--model", metavar="URI", help="model directory; left out: the shipped model")
+    add("--style", metavar="NAME[,NAME]", default="colloquial", type=_names, dest="styles",
+        help="styles to write, each image once in each (colloquial)")  # fmt: skip
+    add("--id-column", metavar="NAME", help="column that identifies a row (id, else the path)")
+    add("--image-column", metavar="NAME", help="column with paths, URIs or image bytes (image)")
+    add("--description-column", metavar="NAME", help="column of formal descriptions (description)")
+    add("--captions-per-image", metavar="N", default=1, type=_positive,
+        help="captions of each image in each style (1)")  # fmt: skip
+    add("--temperature", metavar="T", type=_temperature,
+        help="above 0, at most 5: higher is more varied; left out: the model's own")  # fmt: skip
+    add("--max-new-tokens", metavar="N", type=_positive,
+        help="longest caption, in tokens; left out: the model's own")  # fmt: skip
+    add("--seed", metavar="N", default=0, type=int, help="another seed draws other captions (0)")
+    add("--limit", metavar="N", type=_positive, help="caption only the first N rows")
+    add("--batch-size", metavar="N|auto", type=_batch_size,
+        help="images a captioner gets at a time; changes speed, no caption (auto)")  # fmt: skip
+    add("--actors", metavar="N|MIN,MAX", type=_actors,
+        help="captioners; left out: one a GPU, else one a core, up to 8 a node")  # fmt: skip
+    add("--gpus-per-actor", metavar="F", type=_fraction,
+        help="share of a GPU of each captioner, 0 to 1; left out: 1 if there are GPUs")  # fmt: skip
+    config = Config(**vars(parser.parse_args(arguments)))
+    if config.model and "://" not in config.model:  # workers may run in another directory
+        config = replace(config, model=os.path.abspath(config.model))
+    return config
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if "" in names or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r}: give each style once, as NAME or NAME,NAME")
+    return names
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 1 up")
+    return int(text)
+
+
+def _temperature(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) <= 5:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r}: give a number above 0, at most 5")
+
+
+def _fraction(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r}: give a number from 0 to 1")
+
+
+def _batch_size(text: str) -> int | None:
+    return None if text == "auto" else _positive(text)
+
+
+def _actors(text: str) -> tuple[int, int]:
+    low, _, high = text.partition(",")
+    pair = _positive(low), _positive(high or low)
+    if pair[0] > pair[1]:
+        raise argparse.ArgumentTypeError(f"{text!r}: MIN is more than MAX")
+    return pair
+
+
+# --- the chain ----------------------------------------------------------------------------------
+
+
+def caption_units(
+    run: Run, units: list[int], config: Config, image_size: int, pool: Pool
+) -> Iterator[dict[str, Any]]:
+    """Captions units and writes their parts; one receipt a unit, as they are done.
+
+    A unit is one row of the data set from end to end, its table packed into one value. So Ray can
+    neither split nor merge it, and what an actor gets does not depend on sizes or settings.
+    """
+    unit_bytes = run.rows_per_unit * image_size * image_size * 3
+    cluster.bound_waiting(unit_bytes * (pool.readers + 3 * pool.actors[1] + 2))
+    return iter(
+        ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units))
+        .map(
+            partial(read_images, run=run, image_size=image_size),
+            compute=ray.data.TaskPoolStrategy(size=pool.readers),
+            num_cpus=READ_CPUS,
+            **TASK_TRIES,
+        )
+        .map(
+            CaptionUnit,  # type: ignore[arg-type]  # a class: Ray makes actors of it
+            fn_constructor_kwargs={"run": run, "config": config, "device": pool.device},
+            compute=ray.data.ActorPoolStrategy(min_size=pool.actors[0], max_size=pool.actors[1]),
+            num_cpus=1,
+            num_gpus=pool.gpus,
+            **ACTOR_TRIES,
+        )
+        .map(partial(write_part, run=run), num_cpus=WRITE_CPUS, **TASK_TRIES)
+        .iter_rows()
+    )
+
+
+def read_images(row: dict[str, Any], run: Run, image_size: int) -> dict[str, Any]:
+    """A unit's number → its rows with decoded images, or the reason why there is none.
+
+    `_image_pixels` holds image_size * image_size * 3 bytes; null for an image that failed, that was
+    not given, or that is not needed because a person wrote the caption.
+    """
+    unit = run.read_unit(row["unit"])
+    wanted = [not locked for locked in parts.locked(unit)]
+    seconds = {"read": 0.0, "decode": 0.0}
+    found: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(FETCH_THREADS) as threads:
+        fetching = _fetch(unit, wanted, 0, threads)
+        while fetching:
+            # the next images are on their way while these are decoded
+            later = _fetch(unit, wanted, len(found) + len(fetching), threads)
+            began = time.perf_counter()
+            fetched = [future.result() for future in fetching]
+            seconds["read"] += time.perf_counter() - began
+            began = time.perf_counter()
+            blobs = [value if isinstance(value, bytes) else None for value in fetched]
+            decoded = _decoder().decode(blobs, image_size)
+            seconds["decode"] += time.perf_counter() - began
+            for failure, blob, image in zip(fetched, blobs, decoded, strict=True):
+                error = (image.error_class, image.error_message)
+                error = failure if isinstance(failure, tuple) else error
+                found.append(
+                    {
+                        "image_sha256": None if blob is None else hashlib.sha256(blob).hexdigest(),
+                        "width": image.width,
+                        "height": image.height,
+                        "error_class": error[0],
+                        "error_message": error[1],
+                        "_image_pixels": None if image.pixels is None else image.pixels.tobytes(),
+                    }
+                )
+            fetching = later
+    rows = unit.select([name for name in unit.column_names if not name.startswith("_image_")])
+    pixels = pa.field("_image_pixels", pa.binary(image_size * image_size * 3))
+    fields = [OUTPUT.field(name) for name in found[0] if name in OUTPUT.names]
+    for column in [*fields, pixels]:
+        values = pa.array([image[column.name] for image in found], column.type)
+        rows = rows.append_column(column, values)
+    return {**row, "rows": _pack(rows), **seconds}
+
+
+def _fetch(
+    unit: pa.Table, wanted: list[bool], start: int, threads: ThreadPoolExecutor
+) -> list[Future[bytes | tuple[str, str] | None]]:
+    """Begins to fetch the next FETCH_ROWS images; None for those that are not given or wanted."""
+    has_bytes = "_image_bytes" in unit.column_names
+    column = unit.column("_image_bytes" if has_bytes else "_image_uri")
+
+    def fetch(value: Any, is_wanted: bool) -> bytes | tuple[str, str] | None:
+        if value is None or not is_wanted:
+            return None
+        return value if has_bytes else read_image(value)
+
+    rows = slice(start, start + FETCH_ROWS)
+    values = column.slice(start, FETCH_ROWS).to_pylist()
+    return [threads.submit(fetch, *pair) for pair in zip(values, wanted[rows], strict=True)]
+
+
+class CaptionUnit:
+    """An actor that holds a Captioner: decoded rows of a unit in, the rows of its part out."""
+
+    def __init__(self, run: Run, config: Config, device: str) -> None:
+        # here and not above: what reads and writes has no use for torch
+        import torch
+
+        from stylegan.captioner import Captioner
+
+        # The one CPU that it reserves: the number of threads can change the last bits of a sum.
+        torch.set_num_threads(1)
+        self.run, self.batch_size = run, config.batch_size
+        self.captioner = Captioner.from_pretrained(config.model, device=device)
+        if self.captioner.model_revision != run.settings.model_revision:
+            raise RunError(
+                f"the model {config.model} is {self.captioner.model_revision} on this node and "
+                f"{run.settings.model_revision} where the job was started: give every node the same"
+            )
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        began = time.perf_counter()
+        rows = _unpack(row["rows"])
+        settings, size = self.run.settings, self.captioner.image_size
+        locked, errors = parts.locked(rows), rows.column("error_class").to_pylist()
+        todo = [i for i, error in enumerate(errors) if error is None and not locked[i]]
+        ids, descriptions = (rows.column(name).to_pylist() for name in ("id", "description"))
+        images = [
+            None if value is None else np.frombuffer(value, np.uint8).reshape(size, size, 3)
+            for value in rows.column("_image_pixels").to_pylist()
+        ]
+        step = self.batch_size or max(1, len(todo))
+        captions: dict[tuple[int, str, int], Any] = {}
+        for style, candidate in settings.versions:
+            for start in range(0, len(todo), step):
+                batch = todo[start : start + step]
+                written = self.captioner.caption(
+                    [images[i] for i in batch],
+                    style,
+                    [descriptions[i] for i in batch],
+                    [settings.row_seed(ids[i], style, candidate) for i in batch],
+                    temperature=settings.temperature,
+                    max_new_tokens=settings.max_new_tokens,
+                )
+                for index, caption in zip(batch, written, strict=True):
+                    captions[index, style, candidate] = caption
+        part = parts.assemble(
+            rows, captions, settings,
+            run_id=self.run.run_id, model_id=self.captioner.model_id,
+        )  # fmt: skip
+        return {**row, "rows": _pack(part), "caption": time.perf_counter() - began}
+
+
+def write_part(row: dict[str, Any], run: Run) -> dict[str, Any]:
+    """Writes the part of a unit and returns its receipt: numbers for the progress line."""
+    began = time.perf_counter()
+    rows = _unpack(row["rows"])
+    seconds = {stage: row[stage] for stage in ("read", "decode", "caption")}
+    run.write_part(row["unit"], rows, seconds)
+    failed = rows.column("status").to_pylist().count("failed")
+    seconds["write"] = time.perf_counter() - began
+    return {"unit": row["unit"], "failed": failed // len(run.settings.versions), **seconds}
+
+
+def _pack(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+
+
+def _unpack(packed: bytes) -> pa.Table:
+    return pa.ipc.open_stream(packed).read_all()
+
+
+@cache
+def _decoder() -> IsolatedDecoder:
+    """One child process a worker, kept from unit to unit."""
+    return IsolatedDecoder()
+
+
+# --- the job ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What the job needs to know of a model before any is loaded."""
+
+    revision: str
+    styles: tuple[str, ...]
+    image_size: int
+
+    @classmethod
+    def look_up(cls, model: str | None) -> Model:
+        """Raises InputError when there is no model."""
+        from stylegan.captioner import local_model, model_revision
+
+        try:
+            described = json.loads((local_model(model) / "config.json").read_text())
+            styles, image_size = tuple(described["styles"]), int(described["image_size"])
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"--model: {error}") from error
+        return cls(model_revision(model), styles, image_size)
+
+
+def run_job(config: Config) -> Found:
+    """Captions what the configuration asks for; the finished run, with its `run` if it is new.
+
+    Raises InputError, CatalogError, ClusterError (nothing was captioned), LockError, RunError.
+    """
+    model = Model.look_up(config.model)
+    if unknown := set(config.styles) - set(model.styles):
+        raise InputError(
+            f"--style {','.join(sorted(unknown))} is unknown: this model writes "
+            f"{', '.join(model.styles)}"
+        )
+    output = _absolute_output(config.output)
+    with (scratch := tempfile.TemporaryDirectory(prefix="stylegan-")):
+        catalog = freeze_catalog(
+            config.images or _sample_catalog(), Path(scratch.name), id_column=config.id_column,
+            image_column=config.image_column, description_column=config.description_column,
+            limit=config.limit,
+        )  # fmt: skip
+        settings = Settings(
+            catalog.digest, model.revision, config.styles, config.captions_per_image,
+            config.temperature, config.max_new_tokens, config.seed,
+        )  # fmt: skip
+        lock_file = runs.lock_path(output, settings)
+        try:
+            found = runs.find_run(output, settings)
+            if found and found.is_finished and not runs.has_leftovers(found, lock_file):
+                return found
+            lock = Lock.acquire(*lock_file, say=_say)
+        except OSError as error:
+            raise InputError(f"--output {output} cannot be used: {error}") from error
+        with lock:
+            found = runs.find_run(output, settings)  # another job may have finished it meanwhile
+            if found and found.is_finished:
+                runs.clean(found.uri)
+                return found
+            run = found.run if found else None
+            if run is None:
+                _reserve(config)  # before the plan: nothing is left behind when it does not fit
+                run = runs.plan_run(output, settings, catalog, found.uri if found else None)
+            scratch.cleanup()  # the plan holds the input now
+            _complete(run, config, model, lock)
+            return Found(run.uri, True, run)
+
+
+def _reserve(config: Config) -> Pool:
+    """Starts or joins Ray and says what the chain may use of it. Raises ClusterError."""
+    cluster.connect()
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # `ray job stop`; Ray's exits
+    pool = cluster.choose_pool(
+        cluster.nodes(), config.actors, config.gpus_per_actor, read_cpus=READ_CPUS,
+        write_cpus=WRITE_CPUS, is_local=not os.environ.get("RAY_ADDRESS"),
+    )  # fmt: skip
+    needed = pool.actors[0] + READ_CPUS + WRITE_CPUS
+    if (free := ray.available_resources().get("CPU", 0.0)) < needed:
+        _say(f"waiting for CPUs: {needed:g} are needed, other work on the cluster leaves {free:g}")
+    return pool
+
+
+def _local_paths(run: Run, config: Config) -> dict[str, str]:
+    """What every node of a cluster has to see, by flag."""
+    paths = {"--output": run.uri, "--model": config.model}
+    unit = run.read_unit(0)
+    if "_image_uri" in unit.column_names:
+        uris = (uri for uri in unit.column("_image_uri").to_pylist() if uri and "://" not in uri)
+        paths["--images"] = os.path.dirname(next(uris, "")) or None
+    return {flag: path for flag, path in paths.items() if path and "://" not in path}
+
+
+def _complete(run: Run, config: Config, model: Model, lock: Lock) -> None:
+    """Captions the units without a part, verifies all parts against the input, publishes.
+
+    Raises RunError when parts are still wrong after they were captioned once more.
+    """
+    started, began = datetime.now(UTC), time.monotonic()
+    pool: Pool | None = None
+    seconds: Counter[str] = Counter()
+    images = 0
+    foreign: list[str] = []
+    for _ in range(2):
+        units = run.missing_units()
+        done = run.num_rows - sum(map(run.unit_rows, units))
+        if units:
+            pool = _reserve(config)
+            cluster.check_visible(_local_paths(run, config))
+            _say(
+                f"captioning {run.num_rows - done:,} of {run.num_rows:,} images with "
+                f"{pool.actors[0]} captioners on {pool.device} into {run.uri}"
+            )
+            with Progress(run.num_rows, done) as progress:
+                for receipt in caption_units(run, units, config, model.image_size, pool):
+                    lock.check()
+                    progress.add(run.unit_rows(receipt["unit"]), receipt["failed"])
+                    images += run.unit_rows(receipt["unit"])
+                    seconds.update({stage: receipt[stage] for stage in STAGES})
+        lock.check(now=True)
+        foreign += run.set_aside_foreign()
+        found = run.verify()
+        if not found.wrong:
+            break
+        for unit, reason in sorted(found.wrong.items())[:10]:
+            _say(f"the part of unit {unit} {reason}; it is captioned again")
+        run.discard(found.wrong)
+    else:
+        raise RunError(
+            f"{len(found.wrong)} parts of {run.uri} were wrong even after they were captioned "
+            "again; they are removed, and the same command captions them once more"
+        )
+    for name in foreign:
+        _say(f"{name} is no part of this run; it was moved to _foreign/")
+    session = time.monotonic() - began
+    summary = {
+        "run_id": run.run_id,
+        "identity": run.settings.identity,
+        "uri": run.uri,
+        "planned_at": run.created_at,
+        "started_at": started.isoformat(timespec="seconds"),
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "counts": {
+            "images": found.images,
+            "rows": found.rows,
+            "statuses": dict(sorted(found.statuses.items())),
+            "error_classes": dict(found.error_classes.most_common()),
+            "needs_review": found.needs_review,
+            "foreign_files": foreign,
+        },
+        "rates": {
+            "images_this_session": images,
+            "seconds_this_session": round(session, 1),
+            "images_per_second": round(images / session, 2),
+            "failed_share": round(sum(found.error_classes.values()) / found.images, 4),
+        },
+        # work of all workers, over all sessions but for writing; the wall clock is under rates
+        "seconds_per_stage": {
+            stage: round(found.seconds[stage] or seconds[stage], 2) for stage in STAGES
+        },
+        "bottleneck": _bottleneck(seconds, pool) if pool else None,
+        "configuration": asdict(config) | {"pool": asdict(pool) if pool else None},
+        "settings": asdict(run.settings),
+        "input": {
+            "digest": run.settings.input_digest, "rows": run.num_rows, "units": run.num_units,
+        },
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("ray", "torch", "transformers", "pyarrow", "pillow")},
+    }
+    run.publish(summary, lock)
+
+
+STAGES = ("read", "decode", "caption", "write")
+
+
+def _bottleneck(seconds: Counter[str], pool: Pool) -> str:
+    """The stage whose workers were busiest."""
+    slots = dict.fromkeys(STAGES, pool.readers) | {"caption": pool.actors[1]}
+    return max(STAGES, key=lambda stage: seconds[stage] / slots[stage])
+
+
+def _absolute_output(output: str) -> str:
+    """The output as a URI or absolute path. Raises InputError for one that would vanish."""
+    if "://" in output or os.path.isabs(output):
+        return output.rstrip("/")
+    if RAY_JOB in os.environ:
+        raise InputError(
+            f"--output {output} is relative: under `ray job submit` it would vanish with the job's "
+            "working directory; give an s3:// URI or an absolute path"
+        )
+    return os.path.abspath(output)
+
+
+def _sample_catalog() -> str:
+    """Draws the sample catalogue, where it is not there yet, and returns its list."""
+    from stylegan.samples import write_samples
+
+    # always the same place: the paths are part of the input's identity
+    folder = Path(tempfile.gettempdir()) / f"stylegan-samples-{os.getuid()}"
+    return str(write_samples(folder))
+
+
+def _print_captions(run: Run, count: int = 6) -> None:
+    """A few captions of a finished run, as an aligned table."""
+    rows = run.read_part(0).slice(0, count)
+    lines = [("id", "caption")]
+    for row in rows.select(["id", "caption", "error_class"]).to_pylist():
+        lines.append((row["id"], row["caption"] or f"({row['error_class']})"))
+    width = max(len(row_id) for row_id, _ in lines)
+    print("\n".join(f"{row_id:<{width}}  {caption}" for row_id, caption in lines))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The job; its exit code."""
+    config = parse_arguments(arguments)
+    try:
+        found = run_job(config)
+    except (InputError, CatalogError, ClusterError) as error:
+        _say(f"jobs.caption: {error}")
+        return 2
+    except (LockError, RunError) as error:
+        _say(f"jobs.caption: {error}")
+        return 1
+    except KeyboardInterrupt:
+        _say("\njobs.caption: stopped; what is done is kept, the same command goes on")
+        return 130
+    except Exception as error:
+        _say(f"jobs.caption: {cluster.explain(error)}")
+        _say("What is done is kept: the same command goes on.")
+        return 1
+    if found.run is None:
+        _say(f"finished already: {found.uri}; nothing was written")
+    else:
+        _print_captions(found.run)
+        print(f"\n{found.uri}")
+    return 0
+
+
+if __name__ == "__main__":
+    # as a module, so that workers import the stages instead of getting them pickled
+    from jobs.caption import main as run_main
+
+    sys.exit(run_main())
