@@ -54,6 +54,7 @@ from stylegan.training import (
 ATTRIBUTES = ("type", "colour", "gender")
 # a 32nd of the sentences is left out of training, to choose the weights on
 DEV_SHARE = 32
+MIN_SENTENCES = 100
 
 
 class InputError(ValueError):
@@ -210,6 +211,13 @@ def prepare(arguments: argparse.Namespace, cache: Path) -> Data:
     data = read_catalog(arguments.catalog, size, cache)
     dev: dict[str, list[str]] = {}
     for style, texts in sentences.items():
+        usable = sum(map(corpora.is_sayable, texts))
+        if usable < MIN_SENTENCES:
+            raise InputError(
+                f"style {style!r}: {usable} of {len(texts)} sentences can be printed (no first "
+                "person, orders, sizes or prices; 3 to 22 words), at least "
+                f"{MIN_SENTENCES} are needed: add sentences to its file"
+            )
         # by what is left with the topic hidden, so that no near copy stays in training
         numbers = [corpora.sentence_hash(text) for text in texts]
         chosen = {n for n in numbers if n % DEV_SHARE == 0} or {min(numbers)}
@@ -242,11 +250,13 @@ def fit(
 ) -> tuple[Generator, Tokenizer, Curves]:  # fmt: skip
     """All stages, from the beginning or from a checkpoint."""
     generator, tokenizer = build(config, data)
-    nn.Module.to(generator, process.device, memory_format=torch.channels_last)
+    nn.Module.to(generator, process.device)
+    generator.vision = generator.vision.to(memory_format=torch.channels_last)
     curves = Curves(resume["curves"] if resume else [])
-    pairs = corpora.PseudoPairs(data.products[: data.num_train], data.sentences)
+    products = data.products[: data.num_train]
+    pairs = corpora.PseudoPairs(products, data.sentences)
     random = np.random.default_rng(config.seed)
-    dev_pairs = corpora.PseudoPairs(data.products[: data.num_train], data.dev, min_sentences=0)
+    dev_pairs = corpora.PseudoPairs(products, data.dev)
     dev = [
         dev_pairs.paired_example(style, random)
         for style in data.dev

@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from stylegan import corpora
@@ -164,7 +164,7 @@ def save_model(
     directory.mkdir(parents=True, exist_ok=True)
     dtype = generator.dtype
     generator.half().save_pretrained(directory)
-    generator.to(dtype)
+    nn.Module.to(generator, dtype)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
     ).save_pretrained(directory)
@@ -200,7 +200,8 @@ class Captioner:
         words: frozenset[int] = frozenset(), model_id: str = "", revision: str = "",
         device: str = "cpu",
     ) -> None:  # fmt: skip
-        self.generator = generator.to(device).float().eval()
+        self.generator = generator.float().eval()
+        nn.Module.to(generator, device)
         self.tokenizer = tokenizer
         self.decoding = decoding
         self.device = device
@@ -376,7 +377,7 @@ class Captioner:
 
     def _confidence(self, written: _Generated, end: int) -> float:
         """The probability of a generated text's first `end` characters."""
-        total, ids = 0.0, []
+        total, ids = 0.0, list[int]()
         for token, log_probability in zip(written.ids, written.log_probabilities, strict=True):
             if len(self.tokenizer.decode(ids).strip()) >= end:
                 break

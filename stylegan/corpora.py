@@ -100,7 +100,7 @@ def is_well_formed(text: str) -> bool:
         before, after = text[: mention.start].rstrip(), text[mention.end :]
         singular = lexicon().is_singular(mention.form)
         followed = re.match(r"( (is|are|has|have|was|looks?|feels?|makes?)\b|[.,!?]|$)", after)
-        if singular is None or not followed:
+        if singular is None or (singular and not followed):  # "these belt loops"
             continue
         # "the colours of this skirt are": the verb belongs to another noun
         verb = "" if _OTHER.search(before) else after
@@ -347,13 +347,11 @@ _ASIDE = re.compile(r"\b(with|over|under|and|or|for|your|to|of|like|any|some|oth
 class PseudoPairs:
     """Turns colloquial sentences that belong to no image into conditional examples.
 
-    products: the training catalogue. sentences: style → sentences. Raises ValueError when a style
-    has fewer than min_sentences that can be printed.
+    products: the training catalogue. sentences: style → sentences, of which those are taken that a
+    shop could print.
     """
 
-    def __init__(
-        self, products: Sequence[Product], sentences: dict[str, list[str]], min_sentences: int = 100
-    ) -> None:
+    def __init__(self, products: Sequence[Product], sentences: dict[str, list[str]]) -> None:
         self.products = products
         self.concepts = [lexicon().concepts(product.description) for product in products]
         by_kind: dict[str, list[int]] = defaultdict(list)
@@ -365,12 +363,6 @@ class PseudoPairs:
         self.paired: dict[str, list[tuple[str, tuple[str, ...], Concepts, Mention]]] = {}
         for style, texts in sentences.items():
             usable = [text for text in map(normalise, texts) if is_sayable(text)]
-            if len(usable) < min_sentences:
-                raise ValueError(
-                    f"style {style!r}: {len(usable)} of {len(texts)} sentences can be printed (no "
-                    f"first person, orders, sizes or prices; 3 to 22 words), at least "
-                    f"{min_sentences} are needed: add sentences to its file"
-                )
             self.plain[style] = usable
             pairs = [pair for text in usable if (pair := self._pair(text)) is not None]
             self.paired[style] = pairs

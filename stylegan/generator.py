@@ -130,10 +130,11 @@ class GeneratorConfig(PreTrainedConfig):
         return config
 
 
-class Generator(PreTrainedModel):  # type: ignore[misc]
+class Generator(PreTrainedModel):
     """Vision backbone → projector → causal language model, conditioned on style and noise."""
 
     config_class = GeneratorConfig
+    config: GeneratorConfig
     base_model_prefix = "generator"
     main_input_name = "pixels"
 
@@ -144,13 +145,13 @@ class Generator(PreTrainedModel):  # type: ignore[misc]
         language: nn.Module | None = None,
     ) -> None:
         super().__init__(config)
-        self.vision = vision if vision is not None else AutoModel.from_config(config.vision_config)
-        self.language = (
-            language
-            if language is not None
-            else AutoModelForCausalLM.from_config(config.text_config)
-        )
-        width = self.language.get_input_embeddings().embedding_dim
+        eyes = vision if vision is not None else AutoModel.from_config(config.vision_config)
+        voice: Any = language
+        if voice is None:
+            voice = AutoModelForCausalLM.from_config(config.text_config)
+        self.vision: Any = eyes
+        self.language: Any = voice
+        width = voice.get_input_embeddings().embedding_dim
         self.projector = nn.Sequential(
             nn.Linear(_channels(self.vision.config), width),
             nn.GELU(),
@@ -249,7 +250,8 @@ class Generator(PreTrainedModel):  # type: ignore[misc]
         mask = torch.cat([mask_BP, torch.ones_like(inputs)], dim=1)
         positions = torch.arange(embeds.shape[1], device=embeds.device).expand(batch, -1)
         output = self.language(inputs_embeds=embeds, attention_mask=mask, position_ids=positions)
-        return output.logits[:, mask_BP.shape[1] :]
+        logits: Tensor = output.logits[:, mask_BP.shape[1] :]
+        return logits
 
 
 def _channels(config: Any) -> int:

@@ -391,7 +391,7 @@ def draw_examples(
         if chance < 0.2:
             example = pairs.described_example(random)
         elif chance < 0.2 + 0.8 * share_background:
-            example = Example(background[random.integers(len(background))], "")
+            example = Example(background[int(random.integers(len(background)))], "")
         elif chance < 0.2 + 0.8 * (share_background + share_plain) or not pairs.paired[style]:
             example = pairs.plain_example(style, random)
         else:

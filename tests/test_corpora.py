@@ -104,7 +104,8 @@ def test_verdict(caption: str, description: str, named: bool, contradicts: bool)
     [
         ("These belt are so nice.", False),
         ("This digital watches is handy.", False),
-        ("A plain slippers for the beach.", True),  # what follows is not looked at
+        ("Easy to throw on, this sunglasses for fall!", False),
+        ("These belt loops are neat.", True),
         ("This shoes, so light!", False),
         ("So soft and soft.", False),
         ("The shoes is fun.", False),
@@ -149,7 +150,7 @@ def test_pseudo_pairs_agree_with_their_products() -> None:
         "looks great with any watch you have.",
         "these jeans are the best thing ever.",
     ]
-    pairs = PseudoPairs(products, {"colloquial": sentences}, min_sentences=1)
+    pairs = PseudoPairs(products, {"colloquial": sentences})
     random = np.random.default_rng(0)
     drawn = [pairs.paired_example("colloquial", random) for _ in range(200)]
     # "with any watch" is an aside, and no product is a pair of jeans
@@ -162,11 +163,6 @@ def test_pseudo_pairs_agree_with_their_products() -> None:
             assert example.description in {"Black watch for men.", "Titan Men Black Watch"}
             assert example.image in {0, -1}
     assert any(example.image >= 0 for example in drawn)
-
-
-def test_too_few_sentences_are_refused_with_numbers() -> None:
-    with pytest.raises(ValueError, match=r"style 'funny': 1 of 2 sentences can be printed"):
-        PseudoPairs([Product(0, "Red dress.")], {"funny": ["I love it.", "what a fun dress."]})
 
 
 def test_tokeniser_comes_back_with_the_text() -> None:

@@ -23,6 +23,7 @@ from stylegan.training import Curves, NonFiniteLoss, Process, TrainingConfig
 
 KINDS = {"watch": "circle", "belt": "bar", "tie": "triangle"}
 COLOURS = {"red": (200, 30, 30), "blue": (30, 30, 200), "black": (20, 20, 20)}
+WATCH = ["such a lovely watch."]
 SENTENCES = [
     f"{opening} {colour} {kind} {ending}"
     for kind in KINDS
@@ -66,8 +67,8 @@ def arguments(inputs: Path, output: Path, *more: str) -> list[str]:
     return [
         "--catalog", str(inputs / "catalog.csv"), "--colloquial", str(inputs / "sentences.txt"),
         "--output", str(output), "--preset", "tiny", "--workers", "0", "--backbone-epochs", "12",
-        "--backbone-batch", "16", "--likelihood-steps", "160", "--likelihood-batch", "32",
-        "--likelihood-rate", "3e-3", "--ema-decay", "0.9", "--save-every", "40",
+        "--backbone-batch", "16", "--likelihood-steps", "500", "--likelihood-batch", "32",
+        "--likelihood-rate", "3e-3", "--ema-decay", "0.9", "--save-every", "100",
         "--report-every", "20", *more,
     ]  # fmt: skip
 
@@ -138,7 +139,7 @@ def test_likelihood_goes_on_where_the_checkpoint_was(inputs: Path, tmp_path: Pat
 
 def test_mixture_moves_from_background_to_pairs() -> None:
     products = [corpora.Product(0, "Red watch.")]
-    pairs = corpora.PseudoPairs(products, {"colloquial": ["such a lovely watch."]}, 1)
+    pairs = corpora.PseudoPairs(products, {"colloquial": WATCH})
     random = np.random.default_rng(0)
 
     def share_background(progress: float) -> float:
@@ -177,7 +178,7 @@ def test_unknown_labels_do_not_train() -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_and_says_where() -> None:
-    with pytest.raises(NonFiniteLoss, match=r"likelihood loss is not finite at step 7: lower --likelihood-rate"):
+    with pytest.raises(NonFiniteLoss, match="not finite at step 7: lower --likelihood-rate"):
         Process().check_finite(torch.tensor(float("nan")), "likelihood", 7)
 
 
@@ -214,7 +215,7 @@ def test_progress_line_has_names_and_values() -> None:
             "no column 'image'",
         ),
         (
-            lambda d: (d / "c.csv").write_text("image,description\n1.png,red tie\n"),
+            lambda d: (d / "c.csv").write_text("image,description\nx.png,red tie\n"),
             "none of 1 images",
         ),
     ],
