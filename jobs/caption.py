@@ -170,20 +170,21 @@ def caption_units(
     A unit is one row of the data set from end to end, its table packed into one value. So Ray can
     neither split nor merge it, and what an actor gets does not depend on sizes or settings.
     """
+    least, most, readers = (min(n, len(units)) for n in (*pool.actors, pool.readers))
     unit_bytes = run.rows_per_unit * image_size * image_size * 3
-    cluster.bound_waiting(unit_bytes * (pool.readers + 3 * pool.actors[1] + 2))
+    cluster.bound_waiting(unit_bytes * (readers + 3 * most + 2))
     return iter(
         ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units))
         .map(
             partial(read_images, run=run, image_size=image_size),
-            compute=ray.data.TaskPoolStrategy(size=pool.readers),
+            compute=ray.data.TaskPoolStrategy(size=readers),
             num_cpus=READ_CPUS,
             **TASK_TRIES,
         )
         .map(
             CaptionUnit,  # type: ignore[arg-type]  # a class: Ray makes actors of it
             fn_constructor_kwargs={"run": run, "config": config, "device": pool.device},
-            compute=ray.data.ActorPoolStrategy(min_size=pool.actors[0], max_size=pool.actors[1]),
+            compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
             num_cpus=1,
             num_gpus=pool.gpus,
             **ACTOR_TRIES,

@@ -460,9 +460,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--temperature", type=float, default=1.0, help="the model's own, for captions"
     )
-    parser.add_argument("--top-p", type=float, default=0.95, help="the model's own, for captions")
+    parser.add_argument("--top-p", type=float, default=0.9, help="the model's own, for captions")
     parser.add_argument("--top-k", type=int, default=100, help="the model's own, for captions")
-    parser.add_argument("--candidates", type=int, default=4, help="drawn for each caption")
+    parser.add_argument("--candidates", type=int, default=6, help="drawn for each caption")
     parser.add_argument("--notes", help="a Markdown file that goes into the model card")
     for field in dataclasses.fields(TrainingConfig):
         if field.name != "preset":
