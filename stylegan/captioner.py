@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from stylegan import corpora
 from stylegan.catalog import resolve_filesystem
@@ -218,6 +219,7 @@ class Captioner:
 
         device: "cuda" where there is a GPU, else "cpu". Raises FileNotFoundError.
         """
+        disable_progress_bar()  # of loading a few megabytes
         directory = local_model(model)
         settings: dict[str, Any] = json.loads((directory / "generation_config.json").read_text())
         text = load_file(directory / SEEN) if (directory / SEEN).exists() else {}
