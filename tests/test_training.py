@@ -244,7 +244,7 @@ def test_bad_input_is_one_clear_line(
 def test_two_workers_train_under_ray_and_agree(inputs: Path, tmp_path: Path) -> None:
     line = arguments(
         inputs, tmp_path / "model", "--workers", "2", "--backbone-epochs", "2",
-        "--likelihood-steps", "80",
+        "--likelihood-steps", "80", "--save-every", "40",
     )  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "jobs.train", *line], capture_output=True, text=True, timeout=280,
