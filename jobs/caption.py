@@ -49,9 +49,10 @@ from stylegan.run import Found, Run, RunError
 
 READ_CPUS = 0.5  # fetching waits for storage, decoding works in a child process
 WRITE_CPUS = 0.1
-# Ray Data starts what crashes again for ever; a unit that kills three actors stops the job.
-TASK_TRIES: Any = {"max_retries": 3}
-ACTOR_TRIES: Any = {"max_restarts": 8, "max_task_retries": 2}
+# By default Ray Data starts for ever again what crashes. A unit that crashes its actor stops the job
+# when the restarts are used up; its tries are not limited, for a lost node uses up many in a second.
+TASK_TRIES: Any = {"max_retries": 5}
+ACTOR_TRIES: Any = {"max_restarts": 5, "max_task_retries": -1}
 FETCH_THREADS = 16
 FETCH_ROWS = 64  # images held as bytes by a reader at a time, and as many again on their way
 
