@@ -49,8 +49,8 @@ from stylegan.run import Found, Run, RunError
 
 READ_CPUS = 0.5  # fetching waits for storage, decoding works in a child process
 WRITE_CPUS = 0.1
-# By default Ray Data starts for ever again what crashes. A unit that crashes its actor stops the job
-# when the restarts are used up; its tries are not limited, for a lost node uses up many in a second.
+# By default Ray Data starts for ever again what crashes. A unit that crashes its actor stops the
+# job when the restarts are used up; its tries have no limit, for a lost node uses up many at once.
 TASK_TRIES: Any = {"max_retries": 5}
 ACTOR_TRIES: Any = {"max_restarts": 5, "max_task_retries": -1}
 FETCH_THREADS = 16
@@ -72,6 +72,7 @@ class Config:
     captions_per_image: int
     temperature: float | None
     max_new_tokens: int | None
+    best_of: int | None
     seed: int
     limit: int | None
     batch_size: int | None
@@ -107,6 +108,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
         help="above 0, at most 5: higher is more varied; left out: the model's own")  # fmt: skip
     add("--max-new-tokens", metavar="N", type=_positive,
         help="longest caption, in tokens; left out: the model's own")  # fmt: skip
+    add("--best-of", metavar="N", type=_positive,
+        help="candidates of each caption, the one with the highest score is kept; left out: the "
+        "model's own")  # fmt: skip
     add("--seed", metavar="N", default=0, type=int, help="another seed draws other captions (0)")
     add("--limit", metavar="N", type=_positive, help="caption only the first N rows")
     add("--batch-size", metavar="N|auto", type=_batch_size,
@@ -299,6 +303,7 @@ class CaptionUnit:
                     [settings.row_seed(ids[i], style, candidate) for i in batch],
                     temperature=settings.temperature,
                     max_new_tokens=settings.max_new_tokens,
+                    best_of=settings.best_of,
                 )
                 for index, caption in zip(batch, written, strict=True):
                     captions[index, style, candidate] = caption
@@ -381,7 +386,7 @@ def run_job(config: Config) -> Found:
         )  # fmt: skip
         settings = Settings(
             catalog.digest, model.revision, config.styles, config.captions_per_image,
-            config.temperature, config.max_new_tokens, config.seed,
+            config.temperature, config.max_new_tokens, config.seed, config.best_of,
         )  # fmt: skip
         lock_file = runs.lock_path(output, settings)
         try:

@@ -1,16 +1,20 @@
 """Trains a captioner on a catalogue with formal descriptions and plain colloquial sentences.
 
     python -m jobs.train --catalog catalog.csv --colloquial sentences.txt --output model/
+    python -m jobs.train --catalog … --colloquial reviews.csv --colloquial humorous=funny.txt …
+    python -m jobs.train            a demonstration: a tiny model, in minutes, on drawn products
 
-Stages: the vision backbone on the catalogue's attributes, then likelihood on both roads (describe:
-image → formal description; rewrite: description and image → sentence). To resume, run the same
-command again: it goes on from the last checkpoint under OUTPUT/training. With --workers 0 the loops
-run in this process, without Ray; with more, one process a worker under Ray Train.
+Stages: the vision backbone on the catalogue's attributes; likelihood on both roads (describe: image
+→ formal description; rewrite: description and image → sentence); then the adversarial stage, in
+which a discriminator that reads the sentences teaches the generator their voice. To resume, run the
+same command again: it goes on from the last checkpoint under OUTPUT/training. With --workers 0 the
+loops run in this process, without Ray; with more, one process a worker under Ray Train.
 
 The catalogue is a CSV or Parquet table: `image` (a path relative to it, or a URI), `description`
 (formal), and where there are any `title` (other formal texts to start from), `type`, `colour`,
 `gender` (attributes for the backbone; else found in the description) and `split` (`val` rows are
-only measured on). Sentences are a text file, one a line, or a table with a `text` column.
+only measured on). Sentences are a text file, one a line, or a table with a `text` column. `samples`
+stands for the drawn sample catalogue, `embedded` for the project's own colloquial corpus.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import io
 import json
 import logging
 import os
@@ -33,14 +38,20 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 from torch import nn
 
 from stylegan import corpora
-from stylegan.captioner import Decoding, save_model
+from stylegan.adversarial import train_adversarial
+from stylegan.captioner import Decoding, local_model, save_model
 from stylegan.catalog import resolve_filesystem
+from stylegan.discriminator import Discriminator
 from stylegan.generator import PRESETS, Generator, GeneratorConfig
 from stylegan.images import decode_image
+from stylegan.losses import LOSSES
+from stylegan.rules import Rules
+from stylegan.samples import write_samples
 from stylegan.training import (
     Curves,
     NonFiniteLoss,
@@ -52,6 +63,14 @@ from stylegan.training import (
 )
 
 ATTRIBUTES = ("type", "colour", "gender")
+SAMPLES, EMBEDDED = "samples", "embedded"  # the package's own catalogue and sentences
+# what `python -m jobs.train` without a catalogue does, in minutes on two cores
+DEMONSTRATION: dict[str, Any] = {
+    "catalog": SAMPLES, "colloquial": [EMBEDDED], "output": "models/tiny", "preset": "tiny",
+    "backbone_epochs": 12, "likelihood_steps": 1500, "likelihood_rate": 2e-3, "dropout": 0.2,
+    "adversarial_steps": 120, "adversarial_rate": 3e-4, "discriminator_rate": 3e-4,
+    "report_every": 100,
+}  # fmt: skip
 # a 32nd of the sentences is left out of training, to choose the weights on
 DEV_SHARE = 32
 MIN_SENTENCES = 100
@@ -70,6 +89,7 @@ class Data:
     labels: dict[str, torch.Tensor]
     products: list[corpora.Product]
     sentences: dict[str, list[str]]
+    support: dict[str, list[str]]
     background: list[str]
     dev: dict[str, list[str]]
     unreadable: int
@@ -104,34 +124,43 @@ def read_table(uri: str) -> list[dict[str, str]]:
     ]
 
 
-def read_sentences(specs: list[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """[STYLE=]URI … → sentences by style, and background text.
+def read_sentences(
+    specs: list[str],
+) -> tuple[dict[str, list[str]], dict[str, list[str]], list[str]]:
+    """[STYLE=]URI … → the voice by style, its support by style, and background text.
 
-    A table may have a `tier` column: rows of tier `caption` are in the style, others only teach
-    the language.
+    A table may have a `tier` column: rows of tier `caption` are the voice, which the discriminator
+    takes for real; rows of tier `support` are in the style and teach what the voice is silent of;
+    the others only teach the language.
     """
     sentences: dict[str, list[str]] = {}
+    support: dict[str, list[str]] = {}
     background: list[str] = []
     for spec in specs:
         style, _, uri = spec.rpartition("=") if "=" in spec.split("/")[0] else ("", "", spec)
-        rows = read_table(uri)
+        style = style or "colloquial"
+        own = uri == EMBEDDED
+        rows = [{"text": t} for t in corpora.embedded_corpus()] if own else read_table(uri)
         if not rows:
             raise InputError(f"--colloquial {spec}: the file is empty; give one sentence a line")
         if "text" not in rows[0]:
             raise InputError(
                 f"--colloquial {spec}: no column 'text' among {', '.join(rows[0])}; name it so"
             )
-        texts = [row["text"] for row in rows if row.get("tier", "caption") == "caption"]
-        sentences.setdefault(style or "colloquial", []).extend(texts)
+        for tier, kept in (("caption", sentences), ("support", support)):
+            texts = [row["text"] for row in rows if row.get("tier", "caption") == tier]
+            kept.setdefault(style, []).extend(texts)
         for row in rows:
             text = corpora.normalise(row["text"])
             if row.get("tier") != "phrase" and 3 <= len(text.split()) <= 24:
                 background.append(text)
-    return sentences, background
+    return sentences, support, background
 
 
 def read_catalog(uri: str, image_size: int, cache: Path) -> Data:
     """The catalogue's rows and decoded images; images that cannot be decoded are left out."""
+    if uri == SAMPLES:
+        uri = str(write_samples(cache / "samples", count=1200, seed=1))
     rows = read_table(uri)
     if not rows:
         raise InputError(f"--catalog {uri} has no rows")
@@ -179,7 +208,7 @@ def read_catalog(uri: str, image_size: int, cache: Path) -> Data:
         corpora.Product(index, row["description"], (row["title"],) if row.get("title") else ())
         for index, row in enumerate(rows)
     ]
-    return Data(pixels, num_train, attribute_labels(rows), products, {}, [], {}, unreadable)
+    return Data(pixels, num_train, attribute_labels(rows), products, {}, {}, [], {}, unreadable)
 
 
 def attribute_labels(rows: list[dict[str, str]]) -> dict[str, torch.Tensor]:
@@ -206,7 +235,7 @@ def attribute_labels(rows: list[dict[str, str]]) -> dict[str, torch.Tensor]:
 
 def prepare(arguments: argparse.Namespace, cache: Path) -> Data:
     """All training data, checked."""
-    sentences, background = read_sentences(arguments.colloquial)
+    sentences, support, background = read_sentences(arguments.colloquial)
     size = PRESETS[arguments.preset]["image_size"]
     data = read_catalog(arguments.catalog, size, cache)
     dev: dict[str, list[str]] = {}
@@ -223,15 +252,19 @@ def prepare(arguments: argparse.Namespace, cache: Path) -> Data:
         chosen = {n for n in numbers if n % DEV_SHARE == 0} or {min(numbers)}
         dev[style] = [text for text, n in zip(texts, numbers, strict=True) if n in chosen]
         sentences[style] = [text for text, n in zip(texts, numbers, strict=True) if n not in chosen]
+        support[style] = [t for t in support[style] if corpora.sentence_hash(t) not in chosen]
     hidden = {corpora.normalise(t) for texts in dev.values() for t in texts}
     background = [text for text in background if text not in hidden]
-    return dataclasses.replace(data, sentences=sentences, background=background, dev=dev)
+    return dataclasses.replace(
+        data, sentences=sentences, support=support, background=background, dev=dev
+    )
 
 
 def build(config: TrainingConfig, data: Data) -> tuple[Generator, Tokenizer]:
     """A generator with random weights, and its tokeniser."""
     formal = [text for p in data.products[: data.num_train] for text in (p.description, *p.titles)]
-    sentences = [corpora.normalise(t) for texts in data.sentences.values() for t in texts]
+    voice = (*data.sentences.values(), *data.support.values())
+    sentences = [corpora.normalise(text) for texts in voice for text in texts]
     # sentences twice: the budget of the vocabulary belongs to what is written, not to brand names
     tokenizer = corpora.train_tokenizer(
         [*sentences, *sentences, *data.background, *formal],
@@ -239,50 +272,121 @@ def build(config: TrainingConfig, data: Data) -> tuple[Generator, Tokenizer]:
     )
     torch.manual_seed(config.seed)
     model_config = GeneratorConfig.preset(
-        config.preset, tokenizer.get_vocab_size(), ["formal", *data.sentences]
+        config.preset, tokenizer.get_vocab_size(), ["formal", *data.sentences], config.dropout
     )
     return Generator(model_config), tokenizer
 
 
+@dataclasses.dataclass(slots=True)
+class Trained:
+    """What a training makes. verdict: figures before and after the adversarial stage, if any."""
+
+    generator: Generator
+    discriminator: Discriminator | None
+    tokenizer: Tokenizer
+    rules: Rules
+    curves: Curves
+    verdict: dict[str, dict[str, float]] | None
+
+
+def begin(config: TrainingConfig, data: Data) -> tuple[Generator, Tokenizer, Curves]:
+    """The generator before the first stage: new, or from what --start or --backbone name."""
+    start = config.start or config.backbone
+    if not start:
+        return *build(config, data), Curves()
+    directory = local_model(None if start == "shipped" else start)
+    trained = Generator.from_pretrained(directory, dtype=torch.float32)
+    size = PRESETS[config.preset]["image_size"]
+    if trained.config.image_size != size:
+        raise InputError(
+            f"{start} reads images of {trained.config.image_size} pixels, preset {config.preset!r} "
+            f"of {size}: choose the preset that it was trained with"
+        )
+    stored = directory / "curves.json"
+    told = json.loads(stored.read_text()) if stored.exists() else {"rows": []}
+    stages = ("backbone", "likelihood") if config.start else ("backbone",)
+    curves = Curves([row for row in told["rows"] if row["stage"].split()[0] in stages])
+    if config.start:
+        missing = [style for style in data.sentences if style not in trained.config.styles]
+        if missing:
+            raise InputError(
+                f"{start} does not know style {missing[0]!r}, it knows "
+                f"{', '.join(trained.config.styles)}: leave --start out, or use --backbone"
+            )
+        return trained, Tokenizer.from_file(str(directory / "tokenizer.json")), curves
+    generator, tokenizer = build(config, data)
+    try:
+        generator.vision.load_state_dict(trained.vision.state_dict())
+    except RuntimeError as error:
+        raise InputError(
+            f"--backbone {start} has another shape than that of preset {config.preset!r}: choose "
+            "the preset that it was trained with, or leave --backbone out"
+        ) from error
+    return generator, tokenizer, curves
+
+
 def fit(
     config: TrainingConfig, data: Data, process: Process, resume: dict[str, Any] | None,
-    save: Callable[[dict[str, Any]], None], log: Callable[[str], None] = print,
-) -> tuple[Generator, Tokenizer, Curves]:  # fmt: skip
+    save: Callable[[dict[str, Any], Curves], None], log: Callable[[str], None] = print,
+) -> Trained:  # fmt: skip
     """All stages, from the beginning or from a checkpoint."""
-    generator, tokenizer = build(config, data)
+    generator, tokenizer, curves = begin(config, data)
+    if resume is not None:
+        curves = Curves(**resume["curves"])
+        generator.vision.load_state_dict(resume["vision"])
     nn.Module.to(generator, process.device)
     generator.vision = generator.vision.to(memory_format=torch.channels_last)
-    curves = Curves(resume["curves"] if resume else [])
     products = data.products[: data.num_train]
-    pairs = corpora.PseudoPairs(products, data.sentences)
-    random = np.random.default_rng(config.seed)
-    dev_pairs = corpora.PseudoPairs(products, data.dev)
-    dev = [
-        dev_pairs.paired_example(style, random)
-        for style in data.dev
-        for _ in range(2 * len(dev_pairs.paired[style]))
-    ] or [corpora.Example(corpora.normalise(t), s) for s, texts in data.dev.items() for t in texts]
+    pairs = corpora.PseudoPairs(products, data.sentences, data.support)
+    rules = Rules.of(
+        text for texts in (*data.sentences.values(), *data.support.values()) for text in texts
+    )
 
     def checkpoint(state: dict[str, Any]) -> None:
-        # one dictionary for all that must survive; the adversarial stage adds the discriminator
-        save({**state, "vision": generator.vision.state_dict(), "curves": curves.rows})
+        # one dictionary for all that must survive
+        told = dataclasses.asdict(curves)
+        save({**state, "vision": generator.vision.state_dict(), "curves": told}, curves)
 
+    stage = resume["stage"] if resume is not None else "backbone"
     train, held = slice(0, data.num_train), slice(data.num_train, None)
-    if resume is not None:
-        generator.vision.load_state_dict(resume["vision"])
-    if resume is None or resume["stage"] == "backbone":
-        train_backbone(
-            generator, data.pixels[train], {k: v[train] for k, v in data.labels.items()},
-            (data.pixels[held], {k: v[held] for k, v in data.labels.items()}), config,
-            process=process, curves=curves, resume=resume, save=checkpoint, log=log,
-        )  # fmt: skip
-        resume = None
+    if stage == "backbone":
+        if not (config.backbone or config.start) and config.backbone_epochs > 0:
+            train_backbone(
+                generator, data.pixels[train], {k: v[train] for k, v in data.labels.items()},
+                (data.pixels[held], {k: v[held] for k, v in data.labels.items()}), config,
+                process=process, curves=curves, resume=resume, save=checkpoint, log=log,
+            )  # fmt: skip
+        stage, resume = "likelihood", None
     features = image_features(generator, data.pixels[train], process)
-    train_likelihood(
-        generator, tokenizer, pairs, data.background, features, dev, config,
+    if stage == "likelihood":
+        if config.likelihood_steps > 0:
+            train_likelihood(
+                generator, tokenizer, pairs, data.background, features,
+                held_out_examples(products, data, config.seed), config,
+                process=process, curves=curves, resume=resume, save=checkpoint, log=log,
+            )  # fmt: skip
+        resume = None
+    if config.adversarial_steps <= 0:
+        return Trained(generator, None, tokenizer, rules, curves, None)
+    discriminator = Discriminator.beside(generator).to(process.device)
+    verdict = train_adversarial(
+        generator, discriminator, tokenizer, pairs, features, rules, config,
         process=process, curves=curves, resume=resume, save=checkpoint, log=log,
     )  # fmt: skip
-    return generator, tokenizer, curves
+    return Trained(generator, discriminator, tokenizer, rules, curves, verdict)
+
+
+def held_out_examples(
+    products: list[corpora.Product], data: Data, seed: int
+) -> list[corpora.Example]:
+    """The sentences that were left out, with products that they can be said of."""
+    random = np.random.default_rng(seed)
+    pairs = corpora.PseudoPairs(products, data.dev)
+    return [
+        pairs.paired_example(style, random)
+        for style in data.dev
+        for _ in range(2 * len(pairs.paired[style]))
+    ] or [corpora.Example(corpora.normalise(t), s) for s, texts in data.dev.items() for t in texts]
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -303,16 +407,10 @@ def worker(settings: dict[str, Any]) -> None:
     from ray.train import Checkpoint
 
     arguments = argparse.Namespace(**settings["arguments"])
-    process = Process.current()
+    config, process = TrainingConfig(**settings["config"]), Process.current()
     torch.set_num_threads(settings["threads"])
-    data = prepare(arguments, Path(settings["cache"]))
-    last = ray.train.get_checkpoint()
-    resume = None
-    if last is not None:
-        with last.as_directory() as directory:
-            resume = load_state(Path(directory) / "state.pt")
 
-    def save(state: dict[str, Any]) -> None:
+    def save(state: dict[str, Any], curves: Curves) -> None:
         metrics = {"stage": state["stage"], "step": state["step"]}
         if process.rank:
             ray.train.report(metrics)
@@ -320,59 +418,108 @@ def worker(settings: dict[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as directory:
             save_state(state, Path(directory) / "state.pt")
             ray.train.report(metrics, checkpoint=Checkpoint.from_directory(directory))
+        write_page(arguments, config, curves, data, None)
 
     def log(line: str) -> None:
         print(line, flush=True)
 
-    generator, tokenizer, curves = fit(
-        TrainingConfig(**settings["config"]), data, process, resume, save, log
-    )
+    try:
+        data = prepare(arguments, Path(settings["cache"]))
+        last = ray.train.get_checkpoint()
+        resume = None
+        if last is not None:
+            with last.as_directory() as directory:
+                resume = load_state(Path(directory) / "state.pt")
+        trained = fit(config, data, process, resume, save, log)
+    except (InputError, NonFiniteLoss) as error:
+        # every process is here, for the same reason: trying again would end the same way
+        if process.rank == 0:
+            _write(arguments.output, FAILURE, f"{type(error).__name__}: {error}".encode())
+        return
     if process.rank == 0:
-        publish(arguments, TrainingConfig(**settings["config"]), generator, tokenizer, data, curves)
+        publish(arguments, config, trained, data)
+
+
+FAILURE = "training/failure.txt"  # why the workers gave up, for the driver to tell
+
+
+def _write(output: str, name: str, data: bytes) -> None:
+    """Writes a file below the output, locally or on object storage."""
+    filesystem, target = resolve_filesystem(output)
+    path = f"{target}/{name}"
+    filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(data)
+
+
+def write_page(
+    arguments: argparse.Namespace, config: TrainingConfig, curves: Curves, data: Data,
+    verdict: dict[str, dict[str, float]] | None,
+) -> None:  # fmt: skip
+    """`training.html` in the output: curves, rollbacks, captions; written while it trains, too."""
+    from stylegan.report import write_training_page  # slow to import
+
+    def picture(index: int) -> bytes | None:
+        if index < 0:
+            return None
+        buffer = io.BytesIO()
+        Image.fromarray(data.pixels[index]).save(buffer, "JPEG")
+        return buffer.getvalue()
+
+    with tempfile.TemporaryDirectory() as scratch:
+        page = Path(scratch) / "training.html"
+        write_training_page(
+            page, title=f"Training of {arguments.output}", rows=curves.rows, events=curves.events,
+            products=[{**p, "image": picture(p["image"])} for p in curves.products],
+            samples=curves.samples, configuration=dataclasses.asdict(config), verdict=verdict,
+        )  # fmt: skip
+        _write(arguments.output, page.name, page.read_bytes())
 
 
 def publish(
-    arguments: argparse.Namespace, config: TrainingConfig, generator: Generator,
-    tokenizer: Tokenizer, data: Data, curves: Curves,
-) -> None:  # fmt: skip
+    arguments: argparse.Namespace, config: TrainingConfig, trained: Trained, data: Data
+) -> None:
     """Writes the model directory, locally or on object storage; `metrics.json` comes last."""
-    from stylegan.report import model_card, plot_curves  # slow to import, needed once
+    from stylegan.report import TensorBoard, model_card, plot_curves  # slow to import, needed once
 
-    filesystem, target = resolve_filesystem(arguments.output)
+    curves = trained.curves
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         decoding = Decoding(
-            arguments.temperature, arguments.top_p, arguments.top_k, candidates=arguments.candidates
+            arguments.temperature, arguments.top_p, arguments.top_k, best_of=arguments.best_of
         )
-        seen = [text for texts in data.sentences.values() for text in texts]
-        save_model(directory, generator.cpu(), tokenizer, decoding, seen)
+        save_model(
+            directory, trained.generator.cpu(), trained.tokenizer, decoding, trained.rules,
+            trained.discriminator,
+        )  # fmt: skip
         settings = dataclasses.asdict(config)
-        metrics = {
-            "held_out_nats_per_token": min(
-                row["nats_per_token"]
-                for row in curves.rows
-                if row["stage"] == "likelihood held-out"
-            ),
-            **{
-                f"held_out_{name}_accuracy": row[name]
-                for row in curves.rows
-                if row["stage"] == "backbone held-out"
-                for name in ATTRIBUTES
-                if name in row
-            },
+        metrics: dict[str, Any] = {
+            f"held_out_{name}_accuracy": row[name]
+            for row in curves.rows
+            if row["stage"] == "backbone held-out"
+            for name in ATTRIBUTES
+            if name in row
         }
-        card = model_card(
-            metrics, settings, (arguments.notes and Path(arguments.notes).read_text()) or ""
-        )
-        (directory / "README.md").write_text(card, encoding="utf-8")
+        nats = [r["nats_per_token"] for r in curves.rows if r["stage"] == "likelihood held-out"]
+        if nats:
+            metrics["held_out_nats_per_token"] = min(nats)
+        if trained.verdict is not None:
+            metrics["watched_while_training"] = trained.verdict
+        notes = (arguments.notes and Path(arguments.notes).read_text()) or ""
+        (directory / "README.md").write_text(model_card(metrics, settings, notes), encoding="utf-8")
         (directory / "training.json").write_text(json.dumps(settings, indent=2) + "\n")
-        (directory / "curves.json").write_text(json.dumps(curves.rows) + "\n")
-        plot_curves(curves.rows, directory / "curves.png")
+        (directory / "curves.json").write_text(json.dumps(dataclasses.asdict(curves)) + "\n")
+        plot_curves(curves.rows, directory / "curves.png", curves.events)
+        board = TensorBoard(directory / "tensorboard")
+        for row in curves.rows:
+            values = {k: v for k, v in row.items() if k not in ("stage", "step")}
+            board.add(str(row["stage"]), int(row["step"]), values)
+        board.close()
         (directory / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        filesystem.create_dir(target, recursive=True)
-        for path in sorted(directory.iterdir(), key=lambda path: path.name == "metrics.json"):
-            with filesystem.open_output_stream(f"{target}/{path.name}") as stream:
-                stream.write(path.read_bytes())
+        write_page(arguments, config, curves, data, trained.verdict)
+        files = (path for path in directory.rglob("*") if path.is_file())
+        for path in sorted(files, key=lambda path: path.name == "metrics.json"):
+            _write(arguments.output, path.relative_to(directory).as_posix(), path.read_bytes())
 
 
 def train_with_ray(arguments: argparse.Namespace, config: TrainingConfig, cache: Path) -> None:
@@ -416,7 +563,15 @@ def train_with_ray(arguments: argparse.Namespace, config: TrainingConfig, cache:
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
+    filesystem, target = resolve_filesystem(arguments.output)
+    failure = f"{target}/{FAILURE}"
+    if filesystem.get_file_info(failure).is_file:
+        filesystem.delete_file(failure)
     trainer.fit()
+    if filesystem.get_file_info(failure).is_file:
+        with filesystem.open_input_stream(failure) as stream:
+            kind, _, why = stream.read().decode().partition(": ")
+        raise InputError(why) if kind == "InputError" else NonFiniteLoss(why)
 
 
 def train_here(arguments: argparse.Namespace, config: TrainingConfig, cache: Path) -> None:
@@ -435,13 +590,37 @@ def train_here(arguments: argparse.Namespace, config: TrainingConfig, cache: Pat
         )
     data = prepare(arguments, cache)
 
-    def save(state: dict[str, Any]) -> None:
+    def save(state: dict[str, Any], curves: Curves) -> None:
         save_state({**state, "config": dataclasses.asdict(config)}, path)
+        write_page(arguments, config, curves, data, None)
 
-    generator, tokenizer, curves = fit(
-        config, data, process, state, save, lambda line: print(line, flush=True)
+    trained = fit(config, data, process, state, save, lambda line: print(line, flush=True))
+    publish(arguments, config, trained, data)
+
+
+def show(output: str) -> None:
+    """Prints captions before and after the adversarial stage, and what a detector makes of them."""
+    filesystem, target = resolve_filesystem(output)
+    told = {}
+    for name in ("curves", "metrics"):
+        with filesystem.open_input_stream(f"{target}/{name}.json") as stream:
+            told[name] = json.loads(stream.read())
+    samples, verdict = told["curves"]["samples"], told["metrics"].get("watched_while_training")
+    if not verdict:
+        return
+    best = max(
+        (e["step"] for e in told["curves"]["events"] if e["kind"] == "snapshot"), default=0
     )
-    publish(arguments, config, generator, tokenizer, data, curves)
+    after = next(row for row in samples if row["step"] == best)
+    for number, product in enumerate(told["curves"]["products"]):
+        print(f"\n{product['description']}")
+        print(f"  before  {samples[0]['captions'][number]}")
+        print(f"  after   {after['captions'][number]}")
+    print()
+    for name in sorted({key for row in verdict.values() for key in row}):
+        print(f"{name:24} {verdict['before'][name]:8.3f} → {verdict['after'][name]:8.3f}")
+    print("\nauc: how easily a detector that was not trained against tells captions from people's;")
+    print(".5 not at all, 1 always. Named, contradiction: of the product's kind, colour, gender.")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -449,39 +628,59 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m jobs.train", description=(__doc__ or "").split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--catalog", required=True, help="table of images and formal descriptions")
     parser.add_argument(
-        "--colloquial", required=True, nargs="+", action="extend", metavar="[STYLE=]URI",
-        help="sentences of a style: a text file, one a line, or a table with a text column",
+        "--catalog", help="table of images and formal descriptions, or `samples`; without: a "
+        "demonstration",
     )  # fmt: skip
-    parser.add_argument("--output", required=True, help="model directory, on disk or s3://")
+    parser.add_argument(
+        "--colloquial", nargs="+", action="extend", metavar="[STYLE=]URI",
+        help="sentences of a style: a text file, one a line, or a table with a text column, or "
+        "`embedded`",
+    )  # fmt: skip
+    parser.add_argument("--output", help="model directory, on disk or s3://")
     parser.add_argument("--preset", default="small", choices=sorted(PRESETS), help="model size")
     parser.add_argument("--workers", type=int, default=1, help="processes; 0: without Ray")
     parser.add_argument(
         "--temperature", type=float, default=1.0, help="the model's own, for captions"
     )
-    parser.add_argument("--top-p", type=float, default=0.9, help="the model's own, for captions")
-    parser.add_argument("--top-k", type=int, default=100, help="the model's own, for captions")
-    parser.add_argument("--candidates", type=int, default=6, help="drawn for each caption")
+    parser.add_argument("--top-p", type=float, default=1.0, help="the model's own, for captions")
+    parser.add_argument("--top-k", type=int, default=0, help="the model's own, for captions")
+    parser.add_argument("--best-of", type=int, default=1, help="the model's own, for captions")
     parser.add_argument("--notes", help="a Markdown file that goes into the model card")
     for field in dataclasses.fields(TrainingConfig):
         if field.name != "preset":
             kind = type(field.default)
             parser.add_argument(
                 f"--{field.name.replace('_', '-')}", type=kind, default=field.default,
+                choices=sorted(LOSSES) if field.name == "loss" else None,
                 help="see stylegan.training.TrainingConfig",
             )  # fmt: skip
     return parser
 
 
 def main() -> int:
-    arguments = parser().parse_args()
+    options = parser()
+    arguments = options.parse_args()
+    if not arguments.catalog and not arguments.colloquial:
+        options.set_defaults(**DEMONSTRATION)
+        arguments = options.parse_args()
+        arguments.colloquial = DEMONSTRATION["colloquial"]
+    for flag in ("catalog", "colloquial", "output"):
+        if not getattr(arguments, flag):
+            print(f"error: --{flag} is missing; see --help", file=sys.stderr)
+            return 2
     if arguments.workers < 0:
-        print(f"--workers is {arguments.workers}: choose 0 or more", file=sys.stderr)
+        print(f"error: --workers is {arguments.workers}: choose 0 or more", file=sys.stderr)
+        return 2
+    if arguments.group_size < 2:
+        print(
+            f"error: --group-size is {arguments.group_size}: choose 2 or more, each caption is "
+            "compared with the others of its product", file=sys.stderr,
+        )  # fmt: skip
         return 2
     names = [field.name for field in dataclasses.fields(TrainingConfig)]
     config = TrainingConfig(**{name: getattr(arguments, name) for name in names})
-    if "://" not in arguments.catalog:
+    if "://" not in arguments.catalog and arguments.catalog != SAMPLES:
         arguments.catalog = str(Path(arguments.catalog).resolve())
     arguments.colloquial = [
         spec if "://" in spec else _absolute(spec) for spec in arguments.colloquial
@@ -498,12 +697,15 @@ def main() -> int:
     except (NonFiniteLoss, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    show(arguments.output)
     print(f"model written to {arguments.output}")
     return 0
 
 
 def _absolute(spec: str) -> str:
     style, equals, path = spec.rpartition("=")
+    if path == EMBEDDED:
+        return spec
     return f"{style}{equals}{Path(path).resolve()}"
 
 

@@ -4,9 +4,11 @@ A caption depends on its image, description, style, seed, the model and the deco
 on nothing else: every forward pass runs on a tile of TILE rows and fixed length, whatever the size
 of the batch, and each row draws from its own random stream.
 
-A candidate is kept when it names the product, contradicts nothing that is known of it, is sayable
-by a shop, has no word that people do not use and is no sentence of the training text; else the
-next one is drawn. When all fail, the best of them is delivered and marked for review.
+A candidate is kept when it obeys the rules (`rules.py`): it names the product, contradicts nothing
+that is known of it, is sayable by a shop, has no word that people do not use and is no sentence
+of the training text; else the next one is drawn. When all fail, the one that breaks them least is
+delivered and marked for review. The discriminator scores what is delivered, and chooses where
+several candidates are asked for.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -33,13 +35,17 @@ from transformers.utils.logging import disable_progress_bar
 from stylegan import corpora
 from stylegan.catalog import resolve_filesystem
 from stylegan.corpora import Concepts
+from stylegan.discriminator import FILE as DISCRIMINATOR
+from stylegan.discriminator import LENGTH, Discriminator, hidden_ids, pad_ids
 from stylegan.generator import BOS, EOS, PAD, Generator
 from stylegan.images import decode_image
+from stylegan.rules import Rules, severity
 
 TILE = 32  # rows of every forward pass
 SHIPPED = Path(__file__).parent / "pretrained"
 _FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
 SEEN = "training_text.safetensors"  # numbers of sentences and words, no text
+SURE = 0.9  # probability from which on a colour that was only seen may be said
 
 # an image as bytes, a path, a PIL image or an array [H, W, 3] uint8; None with a description
 ImageLike = bytes | str | Path | Image.Image | np.ndarray | None
@@ -51,15 +57,16 @@ class Decoding:
 
     temperature: divides the logits. top_p: only the most likely tokens that make up this share are
     drawn. top_k: only so many of the most likely tokens are, 0 for all. max_new_tokens: length
-    limit of a caption. candidates: how many are drawn for each caption before the best by
-    likelihood is chosen. max_candidates: how many at the most, until one obeys.
+    limit of a caption. best_of: how many candidates that obey the rules are drawn; the one with the
+    highest score is delivered, the likeliest where there is no discriminator. max_candidates: how
+    many are drawn at the most, until so many obey.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     max_new_tokens: int = 31
-    candidates: int = 1
+    best_of: int = 1
     max_candidates: int = 12
 
     def __post_init__(self) -> None:
@@ -67,15 +74,18 @@ class Decoding:
             raise ValueError(f"temperature is {self.temperature}: choose one in (0, 5]")
         if not self.max_new_tokens >= 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}: choose 1 or more")
+        if not self.best_of >= 1:
+            raise ValueError(f"best_of is {self.best_of}: choose 1 or more")
 
 
 @dataclass(frozen=True, slots=True)
 class Caption:
     """One caption, or the reason why there is none.
 
-    text: the caption, null when failed. style: its style. score: the discriminator's, null without
-    one. description: the formal description given or predicted. needs_review: no candidate obeyed
-    all rules. num_generated_tokens: of the caption, its end included. seed: that it was drawn from.
+    text: the caption, null when failed. style: its style. score: the discriminator's probability
+    that a person wrote it, null without one. description: the formal description given or
+    predicted. needs_review: no candidate obeyed all rules. num_generated_tokens: of the caption,
+    its end included. seed: that it was drawn from.
     """
 
     text: str | None
@@ -101,14 +111,16 @@ class _Generated:
 class _Candidate:
     text: str
     tokens: int
-    rank: tuple[int, float]  # faults (0: obeys), then negative mean log-likelihood
+    severity: int  # 0: obeys all rules
+    value: float  # of those that obey alike, the highest is chosen
+    score: float | None
 
 
 def model_revision(model: str | Path | None = None) -> str:
     """Twelve hexadecimal digits that identify the weights, tokeniser and settings of a model."""
     directory = local_model(model)
     digest = hashlib.sha256()
-    for name in (*_FILES, SEEN, "discriminator.safetensors"):
+    for name in (*_FILES, SEEN, DISCRIMINATOR):
         path = directory / name
         if path.exists():
             digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
@@ -151,15 +163,13 @@ def _download(uri: str) -> Path:
 
 
 def save_model(
-    directory: Path, generator: Generator, tokenizer: Tokenizer, decoding: Decoding,
-    seen: Iterable[str],
+    directory: Path, generator: Generator, tokenizer: Tokenizer, decoding: Decoding, rules: Rules,
+    discriminator: Discriminator | None = None,
 ) -> None:  # fmt: skip
     """Writes a model directory that `Captioner.from_pretrained` and transformers load.
 
-    Weights are stored in half precision. seen: the training sentences, none of which is ever to
-    be delivered; words that occur less than twice in them count as invented.
+    Weights are stored in half precision. rules: of the training sentences.
     """
-    seen = list(seen)
     directory.mkdir(parents=True, exist_ok=True)
     dtype = generator.dtype
     generator.half().save_pretrained(directory)
@@ -178,15 +188,13 @@ def save_model(
         "rescale_factor": 1 / 255, "image_mean": config.image_mean, "image_std": config.image_std,
     }  # fmt: skip
     (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
-    counts = Counter(word for text in seen for word in corpora.word_hashes(text))
-    tensors = {
-        "sentences": sorted({corpora.sentence_hash(text) for text in seen}),
-        "words": sorted(word for word, count in counts.items() if count > 1),
-    }
+    tensors = {"sentences": sorted(rules.seen), "words": sorted(rules.words)}
     save_file(
         {name: torch.tensor(values, dtype=torch.int64) for name, values in tensors.items()},
         directory / SEEN,
     )
+    if discriminator is not None:
+        discriminator.save(directory)
 
 
 class Captioner:
@@ -195,17 +203,16 @@ class Captioner:
 
     def __init__(
         self, generator: Generator, tokenizer: Tokenizer, decoding: Decoding,
-        *, seen: frozenset[int] = frozenset(),
-        words: frozenset[int] = frozenset(), model_id: str = "", revision: str = "",
-        device: str = "cpu",
+        *, rules: Rules | None = None, discriminator: Discriminator | None = None,
+        model_id: str = "", revision: str = "", device: str = "cpu",
     ) -> None:  # fmt: skip
         self.generator = generator.float().eval()
         nn.Module.to(generator, device)
         self.tokenizer = tokenizer
         self.decoding = decoding
         self.device = device
-        self.seen = seen
-        self.words = words
+        self.rules = rules or Rules()
+        self.discriminator = None if discriminator is None else discriminator.to(device).eval()
         self.model_id = model_id
         self.model_revision = revision
         self.image_size = generator.config.image_size
@@ -228,8 +235,8 @@ class Captioner:
             Generator.from_pretrained(directory, dtype=torch.float32),
             Tokenizer.from_file(str(directory / "tokenizer.json")),
             Decoding(**{k: settings[k] for k in Decoding.__slots__ if k in settings}),
-            seen=numbers.get("sentences", frozenset()),
-            words=numbers.get("words", frozenset()),
+            rules=Rules(numbers.get("sentences", frozenset()), numbers.get("words", frozenset())),
+            discriminator=Discriminator.load(directory),
             model_id=str(model) if model is not None else "stylegan-small",
             revision=model_revision(model),
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
@@ -239,6 +246,7 @@ class Captioner:
         self, images: Sequence[ImageLike], style: str = "colloquial",
         descriptions: Sequence[str | None] | None = None, seed: int | Sequence[int] = 0,
         *, temperature: float | None = None, max_new_tokens: int | None = None,
+        best_of: int | None = None,
     ) -> list[Caption]:  # fmt: skip
         """Captions of images, in order.
 
@@ -256,13 +264,11 @@ class Captioner:
                 f"{len(images)} images, {len(given)} descriptions and {len(seeds)} seeds: give as "
                 "many of each"
             )
-        decoding = Decoding(
-            self.decoding.temperature if temperature is None else temperature,
-            self.decoding.top_p,
-            self.decoding.top_k,
-            min(max_new_tokens or self.decoding.max_new_tokens, self._longest()),
-            self.decoding.candidates,
-            self.decoding.max_candidates,
+        decoding = replace(
+            self.decoding,
+            temperature=self.decoding.temperature if temperature is None else temperature,
+            max_new_tokens=min(max_new_tokens or self.decoding.max_new_tokens, self._longest()),
+            best_of=self.decoding.best_of if best_of is None else best_of,
         )
         loaded = [self._load(image) for image in images]
         errors: dict[int, tuple[str, str]] = {}
@@ -287,7 +293,7 @@ class Captioner:
                 known[index], concepts[index] = text, seen
 
         if style == "formal":
-            texts = {i: _Candidate(corpora.sentence(known[i]), 0, (0, 0.0)) for i in good}
+            texts = {i: _Candidate(corpora.sentence(known[i]), 0, 0, 0.0, None) for i in good}
         else:
             texts = self._rewrite(good, style, features, known, concepts, seeds, decoding)
         return [
@@ -296,9 +302,9 @@ class Captioner:
             else Caption(
                 texts[i].text,
                 style,
-                None,
+                texts[i].score,
                 known[i],
-                texts[i].rank[0] > 0,
+                texts[i].severity > 0,
                 texts[i].tokens,
                 seeds[i],
             )
@@ -361,59 +367,79 @@ class Captioner:
     ) -> dict[int, tuple[str, Concepts]]:
         """The most likely formal description of each image (greedy), and what may be said of it.
 
-        A colour that was only seen stands in the description, but no caption says it.
+        A colour that was only seen may be said where the model is sure of it: others are wrong
+        too often.
         """
         texts: dict[int, tuple[str, Concepts]] = {}
         for start in range(0, len(rows), TILE):
             tile = rows[start : start + TILE]
             generated = self._generate(tile, "formal", features, {}, [None] * len(tile), Decoding())
             for row, written in zip(tile, generated, strict=True):
-                # right three times in four, and a wrong one is a lie about the product
-                concepts = replace(corpora.lexicon().concepts(written.text), colours=frozenset())
+                concepts = corpora.lexicon().concepts(written.text)
+                if self._colour_probability(written) < SURE:
+                    concepts = replace(concepts, colours=frozenset())
                 texts[row] = corpora.sentence(written.text).rstrip("."), concepts
         return texts
+
+    def _colour_probability(self, written: _Generated) -> float:
+        """Probability of the tokens of a description up to the end of its last colour word."""
+        ends = [m.end for m in corpora.lexicon().mentions(written.text) if m.colours]
+        if not ends:
+            return 0.0
+        for count in range(1, len(written.ids) + 1):
+            if len(self.tokenizer.decode(written.ids[:count]).strip()) >= ends[-1]:
+                break
+        return math.exp(sum(written.log_probabilities[:count]))
 
     def _rewrite(
         self, rows: list[int], style: str, features: dict[int, Tensor], known: dict[int, str],
         concepts: dict[int, Concepts], seeds: Sequence[int], decoding: Decoding,
     ) -> dict[int, _Candidate]:  # fmt: skip
-        """A caption for each row: candidates are drawn until one obeys."""
+        """A caption for each row: candidates are drawn until enough obey."""
         best: dict[int, _Candidate] = {}
-        pending = rows
-        for attempt in range(max(decoding.candidates, decoding.max_candidates)):
+        obeying = dict.fromkeys(rows, 0)
+        pending, choosing = rows, decoding.best_of > 1
+        for attempt in range(max(decoding.best_of, decoding.max_candidates)):
             for start in range(0, len(pending), TILE):
                 tile = pending[start : start + TILE]
                 streams = [
                     np.random.Generator(np.random.Philox(key=[seeds[i], attempt])) for i in tile
                 ]
                 generated = self._generate(tile, style, features, known, streams, decoding)
-                for row, written in zip(tile, generated, strict=True):
-                    faults = self._faults(written.text, written.finished, concepts[row])
-                    score = sum(written.log_probabilities) / max(1, len(written.ids))
+                scores = self._scores([w.text for w in generated], style) if choosing else []
+                for place, (row, written) in enumerate(zip(tile, generated, strict=True)):
+                    faults = self.rules.faults(written.text, written.finished, concepts[row])
+                    score = scores[place] if scores else None
+                    likelihood = sum(written.log_probabilities) / max(1, len(written.ids))
+                    value = likelihood if score is None else score
                     candidate = _Candidate(
-                        corpora.sentence(written.text), len(written.ids), (faults, -score)
-                    )
-                    if row not in best or candidate.rank < best[row].rank:
+                        corpora.sentence(written.text), len(written.ids), severity(faults),
+                        value if choosing else 0.0, score,
+                    )  # fmt: skip
+                    obeying[row] += not faults
+                    if row not in best or (candidate.severity, -candidate.value) < (
+                        best[row].severity, -best[row].value,
+                    ):  # fmt: skip
                         best[row] = candidate
-            if attempt + 1 >= decoding.candidates:
-                pending = [row for row in pending if best[row].rank[0] > 0]
+            pending = [row for row in pending if obeying[row] < decoding.best_of]
+        if not choosing:
+            for start in range(0, len(rows), TILE):
+                tile = rows[start : start + TILE]
+                scores = self._scores([best[row].text for row in tile], style)
+                for row, score in zip(tile, scores, strict=False):
+                    best[row] = replace(best[row], score=score)
         return best
 
-    def _faults(self, text: str, finished: bool, concepts: Concepts) -> int:
-        """How badly a caption breaks the rules; 0 when it obeys them all."""
-        named, contradicts = corpora.lexicon().verdict(text, concepts)
-        words = text.split()
-        trigrams = list(zip(words, words[1:], words[2:], strict=False))
-        return (
-            8 * corpora.is_first_person(text)
-            + 4 * contradicts
-            + 4 * (not named)
-            + 2 * (not finished or len(trigrams) > len(set(trigrams)))
-            + 2 * bool(self.words and not corpora.word_hashes(text) <= self.words)
-            + (len(words) < 4)
-            + (not corpora.is_well_formed(text))
-            + (not corpora.is_sayable(text) or corpora.sentence_hash(text) in self.seen)
-        )
+    @torch.inference_mode()
+    def _scores(self, texts: Sequence[str], style: str) -> list[float]:
+        """The discriminator's probabilities of one tile of texts; none without one."""
+        if self.discriminator is None:
+            return []
+        ids = hidden_ids(texts, self.tokenizer)
+        padded = pad_ids([*ids, *[[EOS]] * (TILE - len(ids))], LENGTH).to(self.device)
+        styles = torch.full((TILE,), self.styles.index(style), device=self.device)
+        scores = self.discriminator.probability(self.discriminator(padded, styles)).tolist()
+        return [float(score) for score in scores[: len(texts)]]
 
     @torch.inference_mode()
     def _generate(
@@ -446,33 +472,11 @@ class Captioner:
         draws = torch.from_numpy(uniform).to(self.device)
         greedy = greedy.to(self.device)
 
-        embed = self.generator.language.get_input_embeddings()
-        start = torch.full((TILE, 1), BOS, device=self.device)
-        inputs = torch.cat([prefix, embed(start)], dim=1)
-        mask = torch.cat([mask, torch.ones_like(start)], dim=1)
-        positions = torch.arange(inputs.shape[1], device=self.device).expand(TILE, -1)
-        cache, produced, scores = None, [], []
-        ended = torch.zeros(TILE, dtype=torch.bool, device=self.device)
-        ended[len(rows) :] = True
-        for step in range(longest):
-            output = self.generator.language(
-                inputs_embeds=inputs, attention_mask=mask, position_ids=positions,
-                past_key_values=cache, use_cache=True,
-            )  # fmt: skip
-            cache = output.past_key_values
-            log_probs = output.logits[:, -1].float().log_softmax(-1)
-            token = _draw(log_probs, draws[:, step], greedy, decoding)
-            token = torch.where(ended, PAD, token)
-            scores.append(log_probs.gather(1, token[:, None]).squeeze(1) * ~ended)
-            produced.append(token)
-            ended = ended | (token == EOS)
-            if bool(ended.all()):
-                break
-            inputs = embed(token[:, None])
-            mask = torch.cat([mask, torch.ones_like(start)], dim=1)
-            positions = positions[:, -1:] + 1
-        tokens = torch.stack(produced, 1).tolist()
-        log_probabilities = torch.stack(scores, 1).tolist()
+        idle = torch.arange(TILE, device=self.device) >= len(rows)
+        ids_BT, scores_BT = self.generator.sample(
+            prefix, mask, lambda p, step: _draw(p, draws[:, step], greedy, decoding), longest, idle
+        )
+        tokens, log_probabilities = ids_BT.tolist(), scores_BT.tolist()
         results = []
         for slot in range(len(rows)):
             ids = [token for token in tokens[slot] if token != PAD]

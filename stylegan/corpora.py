@@ -182,8 +182,11 @@ class Lexicon:
         self.unsayable = re.compile(rf"\b({words})\b|[\d$%#*@~/():]" if words else r"(?!)")
         words = "|".join(tables.get("garment_words", []))
         self.garment_words = re.compile(rf"\b({words})\b" if words else r"(?!)")
+        words = "|".join(tables.get("specific_words", []))
+        self.specific_words = re.compile(rf"\b({words})\b" if words else r"(?!)")
         self.praised = frozenset(tables.get("praised", []))
         self.wearable = frozenset(tables.get("wearable", []))
+        self.groups = [frozenset(kinds) for kinds in tables.get("groups", {}).values()]
         self.colours = self._invert(tables["colours"])
         self.genders = self._invert(tables["genders"])
         ignored = tables.get("ignore", [])
@@ -341,17 +344,53 @@ class Example:
     image: int = -1
 
 
+_Pair = tuple[str, tuple[str, ...], Concepts, Mention]  # text, its kinds, what it says, its noun
+
+
+def _to_plural(before: str, after: str) -> tuple[str | None, str]:
+    """What stands before and after a noun, for a noun of many; None where that is not plain.
+
+    "this … is so cute." → "these … are so cute."; "such a cute …!" → "such cute …!"
+    """
+    if re.search(r"\b(it|it's|its|one|that|which)\b", before + after):
+        return None, after
+    words = r"((?:[\w-]+,? ){0,3})$"
+    if re.search(r"\bthis is (such )?(a|an) " + words, before):
+        return re.sub(r"\bthis is (such )?(a|an) " + words, r"these are \1\3", before), after
+    if re.search(r"\bthis " + words, before):
+        verbs = {"is": "are", "has": "have", "looks": "look", "feels": "feel", "makes": "make",
+                 "goes": "go", "fits": "fit", "works": "work"}  # fmt: skip
+        verb = re.match(r" (\w+)", after)
+        if verb and verb[1] in verbs:
+            after = f" {verbs[verb[1]]}{after[verb.end() :]}"
+        elif not re.match(r"[.,!]", after):
+            return None, after
+        return re.sub(r"\bthis " + words, r"these \1", before), after
+    if not re.match(r"[.,!]| (for|to|with|and)\b", after):
+        return None, after
+    if re.search(r"(^|such |what )(a|an) " + words, before):
+        return re.sub(r"\b(a|an) " + words, r"\2", before), after
+    return (before if re.fullmatch(words, before) else None), after
+
+
 _ASIDE = re.compile(r"\b(with|over|under|and|or|for|your|to|of|like|any|some|other)\s+(\w+\s+)?$")
+
+
+SUPPORT_SHARE = 0.35  # of the pairs: sentences about what the voice itself is silent of
+TRANSFER_SHARE = 0.55  # of the pairs: the praise of one product said of another
 
 
 class PseudoPairs:
     """Turns colloquial sentences that belong to no image into conditional examples.
 
     products: the training catalogue. sentences: style → sentences, of which those are taken that a
-    shop could print.
+    shop could print. support: more of them, of a style, about products that the voice is silent of.
     """
 
-    def __init__(self, products: Sequence[Product], sentences: dict[str, list[str]]) -> None:
+    def __init__(
+        self, products: Sequence[Product], sentences: dict[str, list[str]],
+        support: dict[str, list[str]] | None = None,
+    ) -> None:  # fmt: skip
         self.products = products
         self.concepts = [lexicon().concepts(product.description) for product in products]
         by_kind: dict[str, list[int]] = defaultdict(list)
@@ -359,15 +398,19 @@ class PseudoPairs:
             for kind in concepts.head:
                 by_kind[kind].append(index)
         self.by_kind = dict(by_kind)
+        self._kinds: list[str] = []
+        self._shares = np.zeros(0)
         self.plain: dict[str, list[str]] = {}  # nothing known: learned without a condition
-        self.paired: dict[str, list[tuple[str, tuple[str, ...], Concepts, Mention]]] = {}
+        self.paired: dict[str, list[_Pair]] = {}
+        self.supported: dict[str, list[_Pair]] = {}
         for style, texts in sentences.items():
             usable = [text for text in map(normalise, texts) if is_sayable(text)]
-            self.plain[style] = usable
-            pairs = [pair for text in usable if (pair := self._pair(text)) is not None]
-            self.paired[style] = pairs
+            more = [normalise(t) for t in (support or {}).get(style, []) if is_sayable(t)]
+            self.plain[style] = usable + more
+            self.paired[style] = [pair for pair in map(self._pair, usable) if pair is not None]
+            self.supported[style] = [pair for pair in map(self._pair, more) if pair is not None]
 
-    def _pair(self, text: str) -> tuple[str, tuple[str, ...], Concepts, Mention] | None:
+    def _pair(self, text: str) -> _Pair | None:
         """The sentence with the kinds it can be about; None when it names none, or two."""
         mentions = lexicon().mentions(text)
         kinds = [m for m in mentions if m.types and not (m.colours and m is not mentions[-1])]
@@ -384,9 +427,11 @@ class PseudoPairs:
     def paired_example(self, style: str, random: np.random.Generator) -> Example:
         """A sentence, the description of a product with its concepts, perhaps the photograph."""
         pairs = self.paired[style]
+        if self.supported[style] and (not pairs or random.random() < SUPPORT_SHARE):
+            pairs = self.supported[style]
         text, kinds, said, main = pairs[random.integers(len(pairs))]
         kind = kinds[random.integers(len(kinds))]
-        if random.random() < 0.15:
+        if random.random() < TRANSFER_SHARE:
             text, kind = self._transferred(text, kind, main, random)
         members = self.by_kind[kind]
         for _ in range(30):
@@ -412,18 +457,51 @@ class PseudoPairs:
         self, text: str, kind: str, main: Mention, random: np.random.Generator
     ) -> tuple[str, str]:
         """The same praise of another kind of garment or accessory, where it can be said of both."""
-        wearable = [k for k in self.by_kind if k in lexicon().wearable]
-        general = len(text.split()) <= 10 and not lexicon().garment_words.search(text)
-        if kind not in lexicon().praised or not general or not wearable:
+        words = lexicon()
+        if words.garment_words.search(text):  # only what is worn in the same place
+            near = [g for g in words.groups if kind in g and not words.specific_words.search(text)]
+            targets = [k for k in self.by_kind if any(k in group for group in near)]
+        else:
+            general = kind in words.praised and len(text.split()) <= 12
+            targets = [k for k in self.by_kind if general and k in words.wearable]
+        if not targets:
             return text, kind
-        target = wearable[random.integers(len(wearable))]
-        plural = main.form.endswith("s") and not main.form.endswith("ss")
-        if plural != (target.endswith("s") and not target.endswith("ss")):
+        share = np.sqrt([len(self.by_kind[k]) for k in targets])
+        target = targets[random.choice(len(targets), p=share / share.sum())]
+        before: str | None = text[: main.start]
+        after = text[main.end :]
+        is_plural, to_plural = (
+            form.endswith("s") and not form.endswith("ss") for form in (main.form, target)
+        )
+        if to_plural and not is_plural:
+            before, after = _to_plural(text[: main.start], after)
+        elif is_plural and not to_plural:
             return text, kind
-        before = text[: main.start]
-        vowel = target[0] in "aeiou"
-        before = re.sub(r"\b(a|an) $", "an " if vowel else "a ", before)
-        return before + target + text[main.end :], target
+        if before is None:
+            return text, kind
+        before = re.sub(r"\b(a|an) $", "an " if target[0] in "aeiou" else "a ", before)
+        return before + target + after, target
+
+    def condition(self, style: str, random: np.random.Generator) -> tuple[Example, Concepts]:
+        """A product to write about, without a text, and what a caption may say of it.
+
+        Kinds are drawn by the 0.7th power of their numbers. There always is a description, as a
+        captioner first describes an image that has none; the image is given 17 times in 20.
+        """
+        if not self._kinds:
+            self._kinds = sorted(self.by_kind)
+            share = np.array([len(self.by_kind[kind]) ** 0.7 for kind in self._kinds])
+            self._shares = share / share.sum()
+        members = self.by_kind[self._kinds[random.choice(len(self._kinds), p=self._shares)]]
+        index = members[random.integers(len(members))]
+        product, concepts = self.products[index], self.concepts[index]
+        formal = (product.description, *product.titles)
+        description = formal[random.integers(len(formal))]
+        if not lexicon().concepts(description).head & concepts.head:
+            description = product.description
+        image = product.image if random.random() < 0.85 else -1
+        said = lexicon().concepts(description)
+        return Example("", style, description, image), said.filled_from(concepts)
 
     def plain_example(self, style: str, random: np.random.Generator) -> Example:
         """A sentence of the style without a condition."""

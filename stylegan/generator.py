@@ -11,6 +11,8 @@ Shapes: B rows, T caption tokens, P prefix slots, C channels of the language mod
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+_OLD_CACHE = "past_key_values"
 PAD, BOS, EOS = 0, 1, 2  # the tokeniser's first three entries
 
 # (vision, language) settings of a generator built from nothing
@@ -109,8 +112,13 @@ class GeneratorConfig(PreTrainedConfig):
         return 2 + self.description_length + self.image_length
 
     @classmethod
-    def preset(cls, name: str, vocab_size: int, styles: list[str]) -> GeneratorConfig:
-        """The configuration of a preset for a tokeniser of vocab_size entries."""
+    def preset(
+        cls, name: str, vocab_size: int, styles: list[str], dropout: float = 0.1
+    ) -> GeneratorConfig:
+        """The configuration of a preset for a tokeniser of vocab_size entries.
+
+        dropout: of the language model's embeddings, attention and residuals, in training.
+        """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
         preset = PRESETS[name]
@@ -123,6 +131,7 @@ class GeneratorConfig(PreTrainedConfig):
                 "pad_token_id": PAD,
                 "bos_token_id": BOS,
                 "eos_token_id": EOS,
+                **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), dropout),
             },
             styles=styles,
             image_size=preset["image_size"],
@@ -252,6 +261,44 @@ class Generator(PreTrainedModel):
         output = self.language(inputs_embeds=embeds, attention_mask=mask, position_ids=positions)
         logits: Tensor = output.logits[:, mask_BP.shape[1] :]
         return logits
+
+    @torch.no_grad()
+    def sample(
+        self, prefix_BPC: Tensor, mask_BP: Tensor, choose: Callable[[Tensor, int], Tensor],
+        longest: int, idle_B: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Writes captions token by token → ids [B, T], padded with PAD, and their log-likelihoods.
+
+        choose: (log-probabilities [B, V] in fp32, step) → the next token of each row. A row ends
+        with EOS, or unfinished at `longest` tokens. idle_B: rows for which nothing is written.
+        """
+        embed = self.language.get_input_embeddings()
+        batch = prefix_BPC.shape[0]
+        start = torch.full((batch, 1), BOS, device=prefix_BPC.device)
+        inputs = torch.cat([prefix_BPC, embed(start)], dim=1)
+        mask = torch.cat([mask_BP, torch.ones_like(start)], dim=1)
+        positions = torch.arange(inputs.shape[1], device=inputs.device).expand(batch, -1)
+        ended = torch.zeros_like(start[:, 0], dtype=torch.bool) if idle_B is None else idle_B
+        # transformers renamed it in 5.24
+        name = "cache" if "cache" in signature(self.language.forward).parameters else _OLD_CACHE
+        cache, produced, scores = None, [], []
+        for step in range(longest):
+            output = self.language(
+                inputs_embeds=inputs, attention_mask=mask, position_ids=positions,
+                use_cache=True, **{name: cache},
+            )  # fmt: skip
+            cache = getattr(output, name)
+            log_probs = output.logits[:, -1].float().log_softmax(-1)
+            token = torch.where(ended, PAD, choose(log_probs, step))
+            scores.append(log_probs.gather(1, token[:, None]).squeeze(1) * ~ended)
+            produced.append(token)
+            ended = ended | (token == EOS)
+            if bool(ended.all()):
+                break
+            inputs = embed(token[:, None])
+            mask = torch.cat([mask, torch.ones_like(start)], dim=1)
+            positions = positions[:, -1:] + 1
+        return torch.stack(produced, 1), torch.stack(scores, 1)
 
 
 def _channels(config: Any) -> int:

@@ -64,6 +64,7 @@ class Settings:
     temperature: float | None
     max_new_tokens: int | None
     seed: int
+    best_of: int | None = None
 
     @property
     def identity(self) -> str:
@@ -82,7 +83,7 @@ class Settings:
 
     def fingerprint(self, image_sha256: str | None, description: str | None, style: str) -> str:
         """A sha256 of all that a caption depends on, but for its row's id."""
-        decoding = [self.temperature, self.max_new_tokens, self.seed]
+        decoding = [self.temperature, self.max_new_tokens, self.best_of, self.seed]
         return _sha256([image_sha256, description, self.model_revision, style, decoding])
 
 

@@ -30,14 +30,29 @@ from stylegan.generator import EOS, PAD, Generator, GeneratorConfig
 class TrainingConfig:
     """Everything that decides a training, saved with each checkpoint.
 
+    start: a model directory to go on from, "shipped" for the shipped model, "" to begin anew.
+    backbone: the same, but of it only the vision backbone is taken; either way none is trained.
     backbone_epochs: passes over the catalogue's photographs. backbone_batch: photographs a step.
     backbone_rate: AdamW's peak learning rate. likelihood_steps, likelihood_batch: sentences a step,
-    all processes together. likelihood_rate: peak learning rate. report_every: steps between two
-    progress lines. seed: of everything random.
+    all processes together. likelihood_rate: peak learning rate. dropout: of the language model.
+    report_every, save_every: steps between two progress lines, two checkpoints. seed: of everything
+    random.
+
+    The adversarial stage: adversarial_batch products a step, all processes together, group_size
+    captions of each. adversarial_rate, discriminator_rate: AdamW's. adversarial_decay: of the mean
+    weights. warmup_steps: of the discriminator alone, at most. loss: a name in losses.LOSSES.
+    penalty: weight of R1 and R2. style_weight, content_weight, diversity_weight: of the reward's
+    parts. kl_target: nats a token from the likelihood model, 0 for no such bound.
+    likelihood_weight: of nats a token on pseudo-pairs. replay_share: of the discriminator's fakes
+    that are old. watched: captions of each measure. micro_batch: captions of one backward pass,
+    0 for all; gradients add up to the same. report_adversarial, measure_every, save_adversarial:
+    steps between two progress lines, measures, checkpoints.
     """
 
     preset: str = "small"
     seed: int = 0
+    start: str = ""
+    backbone: str = ""
     backbone_epochs: int = 24
     backbone_batch: int = 64
     backbone_rate: float = 2e-3
@@ -49,6 +64,26 @@ class TrainingConfig:
     ema_decay: float = 0.998
     report_every: int = 50
     save_every: int = 500
+    adversarial_steps: int = 400
+    adversarial_batch: int = 16
+    group_size: int = 6
+    adversarial_rate: float = 2e-4
+    adversarial_decay: float = 0.98
+    discriminator_rate: float = 2e-4
+    warmup_steps: int = 200
+    loss: str = "relativistic"
+    penalty: float = 0.05
+    style_weight: float = 1.0
+    content_weight: float = 2.0
+    diversity_weight: float = 0.5
+    kl_target: float = 0.15
+    likelihood_weight: float = 0.5
+    replay_share: float = 0.25
+    watched: int = 384
+    micro_batch: int = 0
+    report_adversarial: int = 10
+    measure_every: int = 25
+    save_adversarial: int = 50
 
 
 class NonFiniteLoss(RuntimeError):
@@ -72,8 +107,9 @@ class Process:
         return cls(device=device)
 
     def autocast(self) -> torch.autocast:
-        """bfloat16 where matrix units make it faster: GPUs, and CPUs that have AMX."""
-        fast = self.device != "cpu" or torch.cpu._is_amx_tile_supported()
+        """bfloat16 where the processor multiplies it faster: GPUs, and CPUs that have AMX or
+        AVX512-BF16."""
+        fast = self.device != "cpu" or torch.cpu._is_avx512_bf16_supported()
         return torch.autocast(self.device.split(":")[0], dtype=torch.bfloat16, enabled=fast)
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -92,6 +128,23 @@ class Process:
             parameter.grad = flat[offset : offset + count].view_as(parameter)
             offset += count
 
+    def mean(self, value: float) -> float:
+        """The mean of a number over all processes."""
+        if self.size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64 if self.device == "cpu" else torch.float32)
+        total = total.to(self.device)
+        dist.all_reduce(total)
+        return float(total) / self.size
+
+    def agree(self, figures: dict[str, float]) -> dict[str, float]:
+        """The first process's figures: what is decided by them is decided alike everywhere."""
+        if self.size == 1:
+            return figures
+        values = torch.tensor(list(figures.values()), dtype=torch.float32).to(self.device)
+        dist.broadcast(values, src=0)
+        return dict(zip(figures, values.tolist(), strict=True))
+
     def check_finite(self, loss: Tensor, name: str, step: int) -> None:
         """Stops every process when any has a loss that is not finite."""
         bad = (~torch.isfinite(loss.detach())).float()
@@ -106,9 +159,16 @@ class Process:
 
 @dataclass(slots=True)
 class Curves:
-    """What was measured while training, a row each time, and the line that a person reads."""
+    """What was measured while training, a row each time, and the line that a person reads.
+
+    events: snapshots and rollbacks, with the reason `why`. samples: captions of the same products
+    over time. products: their descriptions, and which of the catalogue's images.
+    """
 
     rows: list[dict[str, float | str]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    products: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, stage: str, **values: float) -> str:
         self.rows.append({"stage": stage, **values})
@@ -346,6 +406,24 @@ class TextBatch:
     style_B: Tensor
     caption_BT: Tensor
 
+    def conditions(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All but the caption, in the order of Generator.prefix."""
+        return self.features_BIC, self.has_image_B, self.description_BD, self.style_B
+
+    def repeated(self, times: int) -> TextBatch:
+        """Each row so many times, one after the other."""
+        return TextBatch(
+            *(value.repeat_interleave(times, 0) for value in (*self.conditions(), self.caption_BT))
+        )
+
+    def rows(self, numbers: Tensor) -> TextBatch:
+        """Some of the rows."""
+        return TextBatch(*(value[numbers] for value in (*self.conditions(), self.caption_BT)))
+
+    def to(self, device: str) -> TextBatch:
+        """The same on a device."""
+        return TextBatch(*(value.to(device) for value in (*self.conditions(), self.caption_BT)))
+
 
 def encode_batch(
     examples: Sequence[Example], tokenizer: Tokenizer, config: GeneratorConfig, features: Tensor
@@ -406,11 +484,9 @@ def caption_loss(
     model: Generator, batch: TextBatch, noise_BZ: Tensor, device: str
 ) -> tuple[Tensor, Tensor]:
     """→ summed negative log-likelihood of the captions' tokens, in nats, and their number."""
-    prefix, mask = model.prefix(
-        batch.features_BIC.to(device), batch.has_image_B.to(device),
-        batch.description_BD.to(device), batch.style_B.to(device), noise_BZ.to(device),
-    )  # fmt: skip
-    caption = batch.caption_BT.to(device)
+    batch = batch.to(device)
+    prefix, mask = model.prefix(*batch.conditions(), noise_BZ.to(device))
+    caption = batch.caption_BT
     logits = model(prefix, mask, caption)
     loss = F.cross_entropy(
         logits.float().flatten(0, 1), caption.flatten(), ignore_index=PAD, reduction="sum"
@@ -509,24 +585,25 @@ def train_likelihood(
         if step % (config.report_every * 5) == 0 or step == config.likelihood_steps:
             # every process measures, so that none waits for another and all choose alike
             now = [p.detach().clone() for p in trained]
-            _assign(trained, average)
+            assign(trained, average)
             loss_held_out = held_out_loss(model, tokenizer, held_out, features, process)
             if loss_held_out < best:
                 best, best_weights = loss_held_out, [p.detach().clone() for p in trained]
-            _assign(trained, now)
+            assign(trained, now)
             if process.rank == 0:
                 log(curves.add("likelihood held-out", step=step, nats_per_token=loss_held_out))
-        if step % config.save_every == 0:
+        if step % config.save_every == 0 or step == config.likelihood_steps:
             save({
                 "stage": "likelihood", "step": step, "trained": [p.detach() for p in trained],
                 "optimiser": optimiser.state_dict(), "average": average, "best": best,
                 "best_weights": best_weights,
             })  # fmt: skip
-    _assign(trained, best_weights)
+    assign(trained, best_weights)
     model.eval()
 
 
-def _assign(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+def assign(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    """Copies values into parameters, in place."""
     with torch.no_grad():
         for parameter, value in zip(parameters, values, strict=True):
             parameter.copy_(value)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,14 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoTokenizer
 
-from stylegan.captioner import Captioner, Decoding, model_revision, save_model
+from stylegan.captioner import (
+    Captioner,
+    Decoding,
+    _Generated,
+    model_revision,
+    save_model,
+)  # fmt: skip
+from stylegan.rules import Rules
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +112,8 @@ def test_the_revision_is_that_of_the_files(
     tiny_model: Path, captioner: Captioner, tmp_path: Path
 ) -> None:
     assert model_revision(tiny_model) == captioner.model_revision
-    save_model(tmp_path, captioner.generator, captioner.tokenizer, Decoding(temperature=0.7), [])
+    decoding = Decoding(temperature=0.7)
+    save_model(tmp_path, captioner.generator, captioner.tokenizer, decoding, Rules())
     captioner.generator.float()
     assert model_revision(tmp_path) != captioner.model_revision
 
@@ -112,3 +122,28 @@ def test_transformers_reads_the_directory(tiny_model: Path) -> None:
     assert AutoConfig.from_pretrained(tiny_model).model_type == "stylegan_generator"
     assert AutoTokenizer.from_pretrained(tiny_model).eos_token == "<eos>"
     assert json.loads((tiny_model / "generation_config.json").read_text())["max_candidates"] == 2
+
+
+def test_each_caption_has_a_score(captioner: Captioner) -> None:
+    captions = captioner.caption(noise_images(40, captioner.image_size), seed=list(range(40)))
+    assert all(c.score is not None and 0 <= c.score <= 1 for c in captions)
+    assert len({c.score for c in captions}) > 30
+
+
+def test_best_of_keeps_the_highest_score_that_obeys(captioner: Captioner) -> None:
+    images, seeds = noise_images(33, captioner.image_size), list(range(33))
+    one = captioner.caption(images, seed=seeds, best_of=1)
+    four = captioner.caption(images, seed=seeds, best_of=4)
+    assert four == captioner.caption(images[::-1], seed=seeds[::-1], best_of=4)[::-1]
+    assert four[7] == captioner.caption(images[7:8], seed=seeds[7:8], best_of=4)[0]
+    changed = [(a.score or 0, b.score or 0) for a, b in zip(one, four, strict=True) if a != b]
+    assert changed and sum(b > a for a, b in changed) > sum(b < a for a, b in changed)
+
+
+def test_a_seen_colour_is_said_only_when_the_model_is_sure(captioner: Captioner) -> None:
+    ids = captioner.tokenizer.encode("red watch for men.").ids
+    written = _Generated("red watch for men.", ids, [-0.01] * len(ids), True)
+    assert captioner._colour_probability(written) == pytest.approx(math.exp(-0.01), abs=0.02)
+    unsure = replace(written, log_probabilities=[math.log(0.6), *[-0.01] * (len(ids) - 1)])
+    assert captioner._colour_probability(unsure) < 0.61
+    assert captioner._colour_probability(replace(written, text="watch for men.")) == 0

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -16,6 +17,7 @@ from pyarrow import fs
 
 from stylegan.parts import ERRORS, OUTPUT
 from stylegan.report import NUM_CARDS, data_card, model_card, plot_curves, write_report
+from stylegan.training import TrainingConfig
 
 HOSTILE = "<script>alert(1)</script> & \"double\" 'single' {{ 7 * 7 }} <img src=//evil.example/x>"
 
@@ -53,6 +55,7 @@ def summary_of(rows: Sequence[dict[str, Any]], images: int, **changes: Any) -> d
     settings = {
         "input_digest": "c0ffee", "model_revision": "abc123", "styles": styles,
         "captions_per_image": 1, "temperature": None, "max_new_tokens": 24, "seed": 0,
+        "best_of": None,
     }  # fmt: skip
     return {
         "run_id": "2026-11-23T02-00-00",
@@ -256,7 +259,7 @@ def test_the_model_card_shows_figures_beside_their_baselines() -> None:
             "delivered": {"captions": 950, "distinct_2": 0.71},
         },
     }
-    card = model_card(metrics, {"preset": "small", "backbone_rate": 0.002}, "Street photographs.")
+    card = model_card(metrics, {"preset": "base", "backbone_rate": 0.004}, "Street photographs.")
     front, body = front_matter(card)
     assert (front["license"], front["pipeline_tag"]) == ("apache-2.0", "image-to-text")
     assert front["library_name"] == "stylegan"
@@ -265,7 +268,23 @@ def test_the_model_card_shows_figures_beside_their_baselines() -> None:
     assert "|  | template | delivered |" in body
     assert "| type right | 0.900 (0.880 to 0.920) |  |" in body
     assert "| distinct 2 |  | 0.710 |" in body
-    assert "    --preset small \\\n    --backbone-rate 0.002\n" in body
+    assert "    --preset base \\\n    --backbone-rate 0.004\n" in body
+
+
+def test_the_model_card_tells_of_the_adversarial_stage_where_it_ran() -> None:
+    settings = dataclasses.asdict(TrainingConfig())
+    alone = model_card({}, settings | {"adversarial_steps": 0}, "")
+    both = model_card({}, settings | {"adversarial_steps": 600, "backbone": "my models/a"}, "")
+    for term in ("discriminator", "RLOO", "R1", "KL divergence", "moving average", "caption_score"):
+        assert term in both and term not in alone
+    assert "\n\n\n" not in both + alone
+    assert "    --backbone 'my models/a'" in both
+
+
+def test_the_command_leaves_out_what_is_the_default_anyway() -> None:
+    card = model_card({}, dataclasses.asdict(TrainingConfig(seed=3)), "")
+    flags = ("--catalog CATALOG", "--colloquial SENTENCES", "--output MODEL", "--seed 3")
+    assert "".join(f" \\\n    {flag}" for flag in flags) + "\n```\n" in card
 
 
 def front_matter(card: str) -> tuple[dict[str, Any], str]:

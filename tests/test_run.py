@@ -99,7 +99,7 @@ def test_all_agree_on_the_columns() -> None:
     "other",
     [
         {"input_digest": "x"}, {"model_revision": "x"}, {"styles": ("formal",)}, {"seed": 1},
-        {"captions_per_image": 1}, {"temperature": 0.5}, {"max_new_tokens": 8},
+        {"captions_per_image": 1}, {"temperature": 0.5}, {"max_new_tokens": 8}, {"best_of": 4},
     ],
 )  # fmt: skip
 def test_whatever_decides_captions_decides_the_identity(other: dict[str, Any]) -> None:
@@ -269,7 +269,8 @@ def summary(run: Run) -> dict[str, Any]:
         "identity": run.settings.identity, "uri": run.uri,
         "configuration": {"images": None, "model": None},
         "settings": {"styles": ["colloquial", "formal"], "model_revision": "r", "seed": 0,
-                     "captions_per_image": 2, "temperature": None, "max_new_tokens": None},
+                     "captions_per_image": 2, "temperature": None, "max_new_tokens": None,
+                     "best_of": None},
         "input": {"digest": "d", "rows": 70, "units": 3},
     }  # fmt: skip
 

@@ -69,7 +69,9 @@ def arguments(inputs: Path, output: Path, *more: str) -> list[str]:
         "--output", str(output), "--preset", "tiny", "--workers", "0", "--backbone-epochs", "12",
         "--backbone-batch", "16", "--likelihood-steps", "500", "--likelihood-batch", "32",
         "--likelihood-rate", "3e-3", "--ema-decay", "0.9", "--save-every", "100",
-        "--report-every", "20", *more,
+        "--report-every", "20", "--adversarial-steps", "12", "--adversarial-batch", "4",
+        "--group-size", "3", "--warmup-steps", "4", "--watched", "24", "--measure-every", "6",
+        "--report-adversarial", "3", "--save-adversarial", "6", *more,
     ]  # fmt: skip
 
 
@@ -106,35 +108,49 @@ def test_the_model_directory_is_complete(trained: Path) -> None:
     names = {path.name for path in trained.iterdir()}
     assert names >= {
         "config.json", "model.safetensors", "tokenizer.json", "generation_config.json",
-        "preprocessor_config.json", "metrics.json", "README.md", "curves.png",
+        "preprocessor_config.json", "metrics.json", "README.md", "curves.png", "training.html",
+        "discriminator.safetensors",
     }  # fmt: skip
+    assert list((trained / "tensorboard").glob("*tfevents*"))
+    stages = {row["stage"] for row in json.loads((trained / "curves.json").read_text())["rows"]}
+    assert stages >= {"backbone", "likelihood", "adversarial", "adversarial held-out"}
     metrics = json.loads((trained / "metrics.json").read_text())
     assert metrics["held_out_type_accuracy"] > 0.8
     assert metrics["held_out_nats_per_token"] < math.log(1500) / 2
 
 
-def test_likelihood_goes_on_where_the_checkpoint_was(inputs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stage", "step"), [("likelihood", 16), ("adversarial", 4)])
+def test_training_goes_on_where_the_checkpoint_was(
+    stage: str, step: int, inputs: Path, tmp_path: Path
+) -> None:
     """Stopped in mid-training and resumed, the weights are those of a training without a stop."""
-    line = arguments(inputs, tmp_path, "--likelihood-steps", "24", "--save-every", "8")
+    line = arguments(inputs, tmp_path, "--likelihood-steps", "24", "--save-every", "8",
+                     "--adversarial-steps", "8", "--save-adversarial", "4")  # fmt: skip
     options = job.parser().parse_args([*line, "--backbone-epochs", "1"])
     names = TrainingConfig.__dataclass_fields__
     config = TrainingConfig(**{name: getattr(options, name) for name in names})
     data = job.prepare(options, tmp_path)
     states: list[dict[str, Any]] = []
 
-    def keep(state: dict[str, Any]) -> None:
+    def keep(state: dict[str, Any], curves: Curves) -> None:
         path = tmp_path / f"{len(states)}.pt"
         job.save_state(state, path)
         states.append(job.load_state(path))
 
-    whole, _, _ = job.fit(config, data, Process(), None, keep, lambda line: None)
-    halfway = next(s for s in states if s["stage"] == "likelihood" and s["step"] == 16)
-    resumed, _, curves = job.fit(
-        config, data, Process(), halfway, lambda state: None, lambda line: None
+    whole = job.fit(config, data, Process(), None, keep, lambda line: None)
+    halfway = next(s for s in states if s["stage"] == stage and s["step"] == step)
+    resumed = job.fit(
+        config, data, Process(), halfway, lambda state, curves: None, lambda line: None
     )
-    for name, value in whole.state_dict().items():
-        torch.testing.assert_close(resumed.state_dict()[name], value, msg=name)
-    assert [row["stage"] for row in curves.rows].count("backbone held-out") == 1
+    for one, other in (
+        (resumed.generator, whole.generator), (resumed.discriminator, whole.discriminator)
+    ):  # fmt: skip
+        assert one is not None and other is not None
+        for name, value in other.state_dict().items():
+            torch.testing.assert_close(one.state_dict()[name], value, msg=name)
+    assert [row["stage"] for row in resumed.curves.rows].count("backbone held-out") == 1
+    assert resumed.curves.samples == whole.curves.samples
+    assert resumed.verdict == pytest.approx(whole.verdict)
 
 
 def test_mixture_moves_from_background_to_pairs() -> None:

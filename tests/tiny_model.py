@@ -8,7 +8,9 @@ import torch
 
 from stylegan import corpora
 from stylegan.captioner import Decoding, save_model
+from stylegan.discriminator import Discriminator
 from stylegan.generator import Generator, GeneratorConfig
+from stylegan.rules import Rules
 
 
 def write_tiny_model(directory: Path, seed: int = 0) -> Path:
@@ -19,5 +21,8 @@ def write_tiny_model(directory: Path, seed: int = 0) -> Path:
     config = GeneratorConfig.preset("tiny", tokenizer.get_vocab_size(), ["formal", "colloquial"])
     # two candidates keep the number of passes of an untrained model low
     decoding = Decoding(max_new_tokens=12, max_candidates=2)
-    save_model(directory, Generator(config), tokenizer, decoding, corpus[:10])
+    generator = Generator(config)
+    discriminator = Discriminator.beside(generator)
+    # words of all kinds: an untrained model invents most of them
+    save_model(directory, generator, tokenizer, decoding, Rules(), discriminator)
     return directory

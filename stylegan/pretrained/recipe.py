@@ -142,14 +142,23 @@ def name_subject(text: str, garment: str) -> str:
     return text
 
 
+_LOVE = re.compile(
+    r"^(and |but )?i (just |really |absolutely |also |truly |simply |totally )*(love|like|adore)\b"
+)
+
+
 def sentences(data: Path) -> Iterator[dict[str, str]]:
-    """Colloquial sentences that may be used: the reviews' and the embedded corpus."""
+    """Colloquial sentences that may be used: the reviews' as people wrote them (the voice), the
+    reviews' with their subject named or the speaker left out, and the embedded corpus (support)."""
     for row in rows(data / "colloquial" / "sentences.csv"):
         if row["source"] == "womens-reviews" and row["split"] == "train":
-            text = name_subject(row["text"], row["garment"])
+            text = corpora.normalise(row["text"])
             yield {"text": text, "tier": row["tier"], "source": "reviews"}
+            more = _LOVE.sub(r"\3", name_subject(text, row["garment"]))
+            if row["tier"] == "caption" and more != text:
+                yield {"text": more, "tier": "support", "source": "reviews"}
     for line in corpora.embedded_corpus():
-        yield {"text": line, "tier": "caption", "source": "embedded"}
+        yield {"text": line, "tier": "support", "source": "embedded"}
     for row in rows(data / "colloquial" / "attribute_phrases.csv"):
         if row["split"] == "train":
             yield {"text": row["text"], "tier": "phrase", "source": "phrases"}

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+
+from stylegan import corpora
+from stylegan.rules import CONTENT, FAULTS, Rules, penalty, severity
+
+TRAINING = [
+    "this navy dress is so soft and pretty.", "this red dress is so soft.", "such a handy watch!",
+    "what a pretty and handy belt.", "so pretty, so handy, such a watch for every day.",
+]  # fmt: skip
+WATCH = corpora.lexicon().concepts("Black watch for men")
+
+
+@pytest.mark.parametrize(
+    ("text", "finished", "faults"),
+    [
+        ("So pretty and so handy, this watch.", True, set()),
+        ("Such a pretty watch", False, {"unfinished"}),
+        ("I got this watch!", True, {"first person", "invented", "unsayable"}),
+        ("So soft and so pretty.", True, {"unnamed"}),
+        ("So pretty, this dress.", True, {"unnamed", "contradiction"}),
+        ("Such a handy watch!", True, {"copied"}),
+        ("A flummoxed watch, so pretty.", True, {"invented"}),
+        ("Watch!", True, {"short"}),
+        ("So pretty a watch so pretty a watch.", True, {"repeated"}),
+    ],
+)
+def test_faults(text: str, finished: bool, faults: set[str]) -> None:
+    rules = Rules.of(TRAINING)
+    found = rules.faults(corpora.normalise(text), finished, WATCH)
+    # the few words of the training text leave most words unknown
+    assert found - {"invented", "unsayable"} == faults - {"invented", "unsayable"}
+    assert faults <= found | {"invented"} or "invented" in faults
+
+
+def test_a_word_counts_from_its_second_use() -> None:
+    rules = Rules.of(TRAINING)
+    assert corpora.word_hashes("pretty handy watch") <= rules.words
+    assert not corpora.word_hashes("day") <= rules.words
+
+
+def test_without_words_any_may_be_said() -> None:
+    assert "invented" not in Rules().faults("a flummoxed watch for days.", True, WATCH)
+
+
+def test_what_is_worse_costs_more() -> None:
+    assert severity([]) == 0 == penalty([])
+    assert severity(["first person"]) > severity(["contradiction"]) > severity(["copied"])
+    assert penalty(["contradiction", "unnamed"]) < penalty(["contradiction"]) < 0
+    assert set(FAULTS) >= CONTENT
