@@ -44,7 +44,7 @@ from stylegan.training import (
     parameter_groups,
 )
 
-WATCHED = 8  # one in so many sentences of the voice is kept from the discriminator, to watch it with
+WATCHED = 8  # one in so many sentences of the voice is kept from the discriminator, to watch with
 LEAST_NAMED = 300  # sentences that name a product; with fewer, the whole voice is real
 MISMATCHED = 0.1  # of the discriminator's fakes: people's sentences of another style
 WORD_DROPOUT = 0.06

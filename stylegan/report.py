@@ -908,8 +908,10 @@ def _sentence(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         if first is None or last is None:
             return 0.0, ""
         text = f"{_figure(first)} → {_figure(last)}"
-        both = isinstance(old, Mapping) and isinstance(new, Mapping)
-        if both and old["low"] <= new["high"] and new["low"] <= old["high"]:
+        intervals = [value for value in (old, new) if isinstance(value, Mapping)]
+        if len(intervals) == 2 and (
+            max(i["low"] for i in intervals) <= min(i["high"] for i in intervals)
+        ):
             return 0.0, text
         if name.startswith("distinct_2"):  # more diverse than people is no merit
             first, last = min(1.0, first), min(1.0, last)
