@@ -74,7 +74,7 @@ def s3_client(endpoint: str | None) -> Any:
 
     retries = {"mode": "standard", "total_max_attempts": SDK_ATTEMPTS}
     config = Config(retries=retries, connect_timeout=10, read_timeout=60, max_pool_connections=32)
-    return boto3.client("s3", config=config)
+    return boto3.session.Session().client("s3", config=config)  # the default one is not thread-safe
 
 
 # --- patience -----------------------------------------------------------------------------------
