@@ -190,7 +190,7 @@ def finish(run: Run, output: str) -> list[str]:
         "uri": run.uri, "configuration": {"images": None, "model": None},
         "settings": {"styles": list(run.settings.styles), "model_revision": "r", "seed": 0,
                      "captions_per_image": run.settings.captions_per_image, "temperature": None,
-                     "max_new_tokens": None},
+                     "max_new_tokens": None, "best_of": None},
         "input": {"digest": "d", "rows": run.num_rows, "units": run.num_units}, "model": GONE_MODEL,
     }  # fmt: skip
     with Lock.acquire(*runs.lock_path(output, run.settings)) as lock:
@@ -301,7 +301,8 @@ def test_what_failed_is_tried_again_when_asked(place: str, tmp_path: Path) -> No
     ("change", "carried"),
     [
         ({"model_revision": "other"}, 0), ({"temperature": 0.5}, 0), ({"seed": 1}, 0),
-        ({"max_new_tokens": 9}, 0), ({"hash_content": True}, 0), ({"captions_per_image": 3}, 0),
+        ({"max_new_tokens": 9}, 0), ({"best_of": 4}, 0), ({"hash_content": True}, 0),
+        ({"captions_per_image": 3}, 0),
         ({"styles": ("colloquial", "formal", "new")}, 0),
         # what was written is there already
         ({"captions_per_image": 1}, 50), ({"styles": ("formal",)}, 50),
