@@ -3,9 +3,12 @@
     python -m jobs.caption --images s3://shop/catalog.parquet --output s3://shop/captions
     ray job submit --working-dir . -- python -m jobs.caption --images … --output s3://…
     python -m jobs.caption            captions the drawn sample catalogue into ./captions
+    python -m jobs.caption … --previous latest        every night: only what changed is captioned
+    python -m jobs.caption --output … --rollback RUN  makes an older run the latest again
 
-Each run is a directory `run=<UTC time>` below --output; its `data/` is the result. The same
-command again goes on with an unfinished run, and names a finished one. Exit code 0: every input row
+Each run is a directory `run=<UTC time>` below --output; its `data/` is the result, and the file
+`latest` names the run that was completed last. The same command again goes on with an unfinished
+run, and names a finished one. Exit code 0: every input row
 is in the output, failed ones too; 1: the run could not be completed, the same command mends it;
 2: the input or a flag is wrong, nothing was captioned.
 """
@@ -34,17 +37,21 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data
 
-from stylegan import cluster, parts
+import stylegan
+from stylegan import cluster, parts, publish
 from stylegan import run as runs
-from stylegan.catalog import CatalogError, freeze_catalog, read_image
+from stylegan.catalog import CatalogError, Fetched, fetch_image, freeze_catalog, list_stamps
 from stylegan.cluster import ClusterError, Pool
 from stylegan.images import IsolatedDecoder
 from stylegan.lock import RAY_JOB, Lock, LockError
 from stylegan.parts import OUTPUT, Settings
+from stylegan.previous import Previous, PreviousError
 from stylegan.progress import Progress
+from stylegan.publish import PublishError
 from stylegan.run import Found, Run, RunError
 
 READ_CPUS = 0.5  # fetching waits for storage, decoding works in a child process
@@ -78,6 +85,13 @@ class Config:
     batch_size: int | None
     actors: tuple[int, int] | None
     gpus_per_actor: float | None
+    previous: str | None
+    retry_failed: bool
+    attribute_columns: tuple[str, ...]
+    hash_content: bool
+    max_failed_share: float | None
+    keep_runs: int | None
+    rollback: str | None
 
 
 class InputError(ValueError):
@@ -119,7 +133,22 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
         help="captioners; left out: one a GPU, else one a core, up to 8 a node")  # fmt: skip
     add("--gpus-per-actor", metavar="F", type=_fraction,
         help="share of a GPU of each captioner, 0 to 1; left out: 1 if there are GPUs")  # fmt: skip
+    add("--previous", metavar="URI|latest", help="run whose unchanged rows are carried over, "
+        "without a look at their images; latest: the last one below --output, if any")  # fmt: skip
+    add("--retry-failed", action="store_true",
+        help="caption those too that failed in the previous run")  # fmt: skip
+    add("--attribute-columns", metavar="NAME[,NAME]", default=(), type=_names,
+        help="a row has changed when one of these has")  # fmt: skip
+    add("--hash-content", action="store_true", help="an image has changed when its bytes have, not "
+        "its size, time or ETag; reads every image")  # fmt: skip
+    add("--max-failed-share", metavar="F", type=_fraction,
+        help="fail the run when more of the images fail, 0 to 1; left out: never")  # fmt: skip
+    add("--keep-runs", metavar="N", type=_positive,
+        help="then delete all complete runs but the newest N and the latest")  # fmt: skip
+    add("--rollback", metavar="RUN", help="make this older run the latest again; nothing else")
     config = Config(**vars(parser.parse_args(arguments)))
+    if config.retry_failed and not config.previous:
+        parser.error("--retry-failed needs --previous: the run in which rows failed")
     if config.model and "://" not in config.model:  # workers may run in another directory
         config = replace(config, model=os.path.abspath(config.model))
     return config
@@ -218,19 +247,18 @@ def read_images(row: dict[str, Any], run: Run, image_size: int) -> dict[str, Any
             fetched = [future.result() for future in fetching]
             seconds["read"] += time.perf_counter() - began
             began = time.perf_counter()
-            blobs = [value if isinstance(value, bytes) else None for value in fetched]
-            decoded = _decoder().decode(blobs, image_size)
+            decoded = _decoder().decode([file.data for file in fetched], image_size)
             seconds["decode"] += time.perf_counter() - began
-            for failure, blob, image in zip(fetched, blobs, decoded, strict=True):
-                error = (image.error_class, image.error_message)
-                error = failure if isinstance(failure, tuple) else error
+            for file, image in zip(fetched, decoded, strict=True):
+                sha256 = None if file.data is None else hashlib.sha256(file.data).hexdigest()
                 found.append(
                     {
-                        "image_sha256": None if blob is None else hashlib.sha256(blob).hexdigest(),
+                        "image_sha256": sha256,
                         "width": image.width,
                         "height": image.height,
-                        "error_class": error[0],
-                        "error_message": error[1],
+                        "error_class": file.error_class or image.error_class,
+                        "error_message": file.error_message or image.error_message,
+                        "_image_stamp": (run.settings.hash_content and sha256) or file.stamp,
                         "_image_pixels": None if image.pixels is None else image.pixels.tobytes(),
                     }
                 )
@@ -238,23 +266,25 @@ def read_images(row: dict[str, Any], run: Run, image_size: int) -> dict[str, Any
     rows = unit.select([name for name in unit.column_names if not name.startswith("_image_")])
     pixels = pa.field("_image_pixels", pa.binary(image_size * image_size * 3))
     fields = [OUTPUT.field(name) for name in found[0] if name in OUTPUT.names]
-    for column in [*fields, pixels]:
+    for column in [*fields, pa.field("_image_stamp", pa.string()), pixels]:
         values = pa.array([image[column.name] for image in found], column.type)
+        if column.name == "_image_stamp":  # the plan's is older: an image may have changed since
+            values = pc.coalesce(unit.column(column.name), values)
         rows = rows.append_column(column, values)
     return {**row, "rows": _pack(rows), **seconds}
 
 
 def _fetch(
     unit: pa.Table, wanted: list[bool], start: int, threads: ThreadPoolExecutor
-) -> list[Future[bytes | tuple[str, str] | None]]:
-    """Begins to fetch the next FETCH_ROWS images; None for those that are not given or wanted."""
+) -> list[Future[Fetched]]:
+    """Begins to fetch the next FETCH_ROWS images; nothing of those that are not given or wanted."""
     has_bytes = "_image_bytes" in unit.column_names
     column = unit.column("_image_bytes" if has_bytes else "_image_uri")
 
-    def fetch(value: Any, is_wanted: bool) -> bytes | tuple[str, str] | None:
+    def fetch(value: Any, is_wanted: bool) -> Fetched:
         if value is None or not is_wanted:
-            return None
-        return value if has_bytes else read_image(value)
+            return Fetched(None, "")
+        return Fetched(value, None) if has_bytes else fetch_image(value)
 
     rows = slice(start, start + FETCH_ROWS)
     values = column.slice(start, FETCH_ROWS).to_pylist()
@@ -347,15 +377,27 @@ def _decoder() -> IsolatedDecoder:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What the job needs to know of a model before any is loaded."""
+    """What the job needs to know of a model before any is loaded.
 
+    files: stamps by name; a run that finds the same as the previous one reads none of them.
+    """
+
+    uri: str | None
     revision: str
     styles: tuple[str, ...]
     image_size: int
+    files: dict[str, str]
 
     @classmethod
-    def look_up(cls, model: str | None) -> Model:
-        """Raises InputError when there is no model."""
+    def look_up(cls, model: str | None, previous: Previous | None) -> Model:
+        """Raises InputError when there is no model, and the previous run's was another."""
+        try:
+            files = list_stamps(model or str(Path(stylegan.__file__).parent / "pretrained"))
+        except OSError as error:
+            raise InputError(f"--model: {error}") from error
+        known = previous.model if previous else {}
+        if known and known["uri"] == model and (not files or known["files"] == files):
+            return cls(**known | {"files": files, "styles": tuple(known["styles"])})
         from stylegan.captioner import local_model, model_revision
 
         try:
@@ -363,7 +405,7 @@ class Model:
             styles, image_size = tuple(described["styles"]), int(described["image_size"])
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"--model: {error}") from error
-        return cls(model_revision(model), styles, image_size)
+        return cls(model, model_revision(model), styles, image_size, files)
 
 
 def run_job(config: Config) -> Found:
@@ -371,22 +413,28 @@ def run_job(config: Config) -> Found:
 
     Raises InputError, CatalogError, ClusterError (nothing was captioned), LockError, RunError.
     """
-    model = Model.look_up(config.model)
+    output = _absolute_output(config.output)
+    previous = _find_previous(output, config.previous)
+    model = Model.look_up(config.model, previous)
     if unknown := set(config.styles) - set(model.styles):
         raise InputError(
             f"--style {','.join(sorted(unknown))} is unknown: this model writes "
             f"{', '.join(model.styles)}"
         )
-    output = _absolute_output(config.output)
+    identify: Any = "content" if config.hash_content else "stamp"
     with (scratch := tempfile.TemporaryDirectory(prefix="stylegan-")):
         catalog = freeze_catalog(
             config.images or _sample_catalog(), Path(scratch.name), id_column=config.id_column,
             image_column=config.image_column, description_column=config.description_column,
-            limit=config.limit,
+            limit=config.limit, attribute_columns=config.attribute_columns,
+            identify=identify if config.previous else "later",
         )  # fmt: skip
         settings = Settings(
             catalog.digest, model.revision, config.styles, config.captions_per_image,
             config.temperature, config.max_new_tokens, config.seed, config.best_of,
+            attribute_columns=catalog.attributes, hash_content=config.hash_content,
+            previous=f"{previous.name} {previous.identity}" if previous else None,
+            retry_failed=config.retry_failed and previous is not None,
         )  # fmt: skip
         lock_file = runs.lock_path(output, settings)
         try:
@@ -399,15 +447,35 @@ def run_job(config: Config) -> Found:
         with lock:
             found = runs.find_run(output, settings)  # another job may have finished it meanwhile
             if found and found.is_finished:
-                runs.clean(found.uri)
+                runs.settle(found.uri)
                 return found
             run = found.run if found else None
             if run is None:
-                _reserve(config)  # before the plan: nothing is left behind when it does not fit
-                run = runs.plan_run(output, settings, catalog, found.uri if found else None)
+                if previous is None:
+                    _reserve(config)  # before the plan: nothing is left when it does not fit
+                unplanned = found.uri if found else None
+                run = runs.plan_run(output, settings, catalog, unplanned, previous)
             scratch.cleanup()  # the plan holds the input now
             _complete(run, config, model, lock)
             return Found(run.uri, True, run)
+
+
+def _find_previous(output: str, previous: str | None) -> Previous | None:
+    """The run to carry over from. Raises InputError when it is not there."""
+    if previous is None:
+        return None
+    try:
+        if previous == publish.LATEST:
+            name = publish.read_latest(output)
+            if name is None:
+                _say(f"no run is complete below {output}: every row is captioned")
+                return None
+            latest = Previous.load(f"{output}/{name}")
+            runs.settle_after_death(latest.uri, latest.identity)
+            return latest
+        return Previous.load(_absolute(previous))
+    except (OSError, PreviousError) as error:
+        raise InputError(f"--previous {previous}: {error}") from error
 
 
 def _reserve(config: Config) -> Pool:
@@ -437,19 +505,33 @@ def _local_paths(run: Run, config: Config) -> dict[str, str]:
 def _complete(run: Run, config: Config, model: Model, lock: Lock) -> None:
     """Captions the units without a part, verifies all parts against the input, publishes.
 
-    Raises RunError when parts are still wrong after they were captioned once more.
+    Raises RunError when parts are still wrong after they were captioned once more, or when more
+    failed than --max-failed-share allows.
     """
     started, began = datetime.now(UTC), time.monotonic()
     pool: Pool | None = None
     seconds: Counter[str] = Counter()
     images = 0
     foreign: list[str] = []
+    limit = _Failures(run, config.max_failed_share)
+    limit.discard()
     for _ in range(2):
-        units = run.missing_units()
-        done = run.num_rows - sum(map(run.unit_rows, units))
+        limit.recount()
+        missing = run.missing_units()
+        units = [unit for unit in missing if unit < run.num_fresh_units]
+        if carried := missing[len(units) :]:
+            rows = sum(map(run.unit_rows, carried))
+            _say(f"{rows:,} of {run.num_rows:,} images are carried over into {run.uri}")
+            run.write_carried(carried)
         if units:
+            if not model.files:
+                raise InputError(
+                    f"--model {model.uri} is gone, and {sum(map(run.unit_rows, units)):,} images "
+                    "have to be captioned: bring it back"
+                )
             pool = _reserve(config)
             cluster.check_visible(_local_paths(run, config))
+            done = run.num_rows - sum(map(run.unit_rows, units))
             _say(
                 f"captioning {run.num_rows - done:,} of {run.num_rows:,} images with "
                 f"{pool.actors[0]} captioners on {pool.device} into {run.uri}"
@@ -458,6 +540,7 @@ def _complete(run: Run, config: Config, model: Model, lock: Lock) -> None:
                 for receipt in caption_units(run, units, config, model.image_size, pool):
                     lock.check()
                     progress.add(run.unit_rows(receipt["unit"]), receipt["failed"])
+                    limit.add(receipt["failed"])
                     images += run.unit_rows(receipt["unit"])
                     seconds.update({stage: receipt[stage] for stage in STAGES})
         lock.check(now=True)
@@ -473,6 +556,7 @@ def _complete(run: Run, config: Config, model: Model, lock: Lock) -> None:
             f"{len(found.wrong)} parts of {run.uri} were wrong even after they were captioned "
             "again; they are removed, and the same command captions them once more"
         )
+    limit.check(sum(found.error_classes.values()))
     for name in foreign:
         _say(f"{name} is no part of this run; it was moved to _foreign/")
     session = time.monotonic() - began
@@ -491,6 +575,8 @@ def _complete(run: Run, config: Config, model: Model, lock: Lock) -> None:
             "needs_review": found.needs_review,
             "foreign_files": foreign,
         },
+        "previous": run.settings.previous and run.settings.previous.split()[0],
+        "changes": run.changes,
         "rates": {
             "images_this_session": images,
             "seconds_this_session": round(session, 1),
@@ -504,6 +590,7 @@ def _complete(run: Run, config: Config, model: Model, lock: Lock) -> None:
         "bottleneck": _bottleneck(seconds, pool) if pool else None,
         "configuration": asdict(config) | {"pool": asdict(pool) if pool else None},
         "settings": asdict(run.settings),
+        "model": asdict(model),
         "input": {
             "digest": run.settings.input_digest, "rows": run.num_rows, "units": run.num_units,
         },
@@ -516,22 +603,62 @@ def _complete(run: Run, config: Config, model: Model, lock: Lock) -> None:
 STAGES = ("read", "decode", "caption", "write")
 
 
+class _Failures:
+    """How many images may fail (--max-failed-share), and how many did."""
+
+    def __init__(self, run: Run, share: float | None) -> None:
+        self.run, self.share = run, share
+        self.count = 0
+
+    def recount(self) -> dict[int, int]:
+        """Failed images by unit, of those that are done."""
+        failed = self.run.count_failed() if self.share is not None else {}
+        self.count = sum(failed.values())
+        return failed
+
+    def discard(self) -> None:
+        """Too many failed in an earlier session: those units are captioned again."""
+        failed = self.recount()
+        if self._is_exceeded():
+            _say(f"{self.count:,} images failed before; their units are captioned again")
+            self.run.discard(failed)
+
+    def add(self, count: int) -> None:
+        """Stops the job as soon as it cannot be good any more. Raises RunError."""
+        self.check(self.count + count)
+
+    def check(self, count: int) -> None:
+        self.count = count
+        if self._is_exceeded():
+            raise RunError(
+                f"{count:,} of {self.run.num_rows:,} images failed, more than --max-failed-share "
+                f"{self.share:g} allows: nothing is published; {self.run.uri}/errors lists them, "
+                "and the same command tries them again (those that failed in the previous run: "
+                "with --retry-failed)"
+            )
+
+    def _is_exceeded(self) -> bool:
+        return self.share is not None and self.count > self.share * self.run.num_rows
+
+
 def _bottleneck(seconds: Counter[str], pool: Pool) -> str:
     """The stage whose workers were busiest."""
     slots = dict.fromkeys(STAGES, pool.readers) | {"caption": pool.actors[1]}
     return max(STAGES, key=lambda stage: seconds[stage] / slots[stage])
 
 
+def _absolute(path: str) -> str:
+    return path.rstrip("/") if "://" in path else os.path.abspath(path)
+
+
 def _absolute_output(output: str) -> str:
     """The output as a URI or absolute path. Raises InputError for one that would vanish."""
-    if "://" in output or os.path.isabs(output):
-        return output.rstrip("/")
-    if RAY_JOB in os.environ:
+    if RAY_JOB in os.environ and "://" not in output and not os.path.isabs(output):
         raise InputError(
             f"--output {output} is relative: under `ray job submit` it would vanish with the job's "
             "working directory; give an s3:// URI or an absolute path"
         )
-    return os.path.abspath(output)
+    return _absolute(output)
 
 
 def _sample_catalog() -> str:
@@ -561,8 +688,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The job; its exit code."""
     config = parse_arguments(arguments)
     try:
+        output = _absolute_output(config.output)
+        if config.rollback:
+            print(f"latest is {publish.roll_back(output, config.rollback)} again")
+            return 0
         found = run_job(config)
-    except (InputError, CatalogError, ClusterError) as error:
+        if config.keep_runs:
+            for name in publish.prune(output, config.keep_runs, runs.lock_name):
+                _say(f"deleted {output}/{name}: --keep-runs {config.keep_runs}")
+    except (InputError, CatalogError, ClusterError, PreviousError, PublishError) as error:
         _say(f"jobs.caption: {error}")
         return 2
     except (LockError, RunError) as error:

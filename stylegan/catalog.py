@@ -1,7 +1,8 @@
 """What is to be captioned: a folder, a glob, one image or a manifest, frozen to Parquet units.
 
 A unit is a file of consecutive input rows in a fixed order. Its columns are the input's columns
-(without image bytes), then `id`, `description`, and the image as `_image_uri` (text, absolute) or
+(without image bytes), then `id`, `description`, what identifies the image's content, as far as it
+is known, as `_image_stamp` ("" for no image), and the image as `_image_uri` (text, absolute) or
 `_image_bytes` (binary). All that a user can get wrong about the input is found here, before
 anything is started, as one `CatalogError`; an image that cannot be read is a failed row, later.
 """
@@ -9,8 +10,6 @@ anything is started, as one `CatalogError`; an image that cannot be read is a fa
 from __future__ import annotations
 
 import dataclasses
-import errno
-import functools
 import hashlib
 import io
 import itertools
@@ -18,16 +17,15 @@ import json
 import math
 import os
 import posixpath
-import random
 import re
 import stat
-import time
 import urllib.parse
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -35,8 +33,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
-from fsspec.core import url_to_fs
 from pyarrow import fs
+
+from stylegan.storage import endpoint, explain, patiently, s3_client
+from stylegan.storage import resolve_filesystem as resolve_filesystem
 
 # fmt: off
 OUTPUT_COLUMNS: Final = (
@@ -70,6 +70,8 @@ class FrozenCatalog:
     """
     schema: pa.Schema
     """Of every unit."""
+    attributes: tuple[str, ...] = ()
+    """The unit's names of the attribute columns asked for."""
 
 
 def choose_rows_per_unit(num_rows: int, bytes_per_row: float = 0.0) -> int:
@@ -90,19 +92,24 @@ def freeze_catalog(
     description_column: str | None = None,
     limit: int | None = None,
     rows_per_unit: int | None = None,
+    attribute_columns: Sequence[str] = (),
+    identify: Literal["later", "stamp", "content"] = "later",
 ) -> FrozenCatalog:
     """Write the units of `images` (a path or URI) as `destination/unit-00000.parquet` ….
 
     A folder is listed recursively, in sorted path order: every file is a row whatever its
     extension, links to files included; hidden files and folders, and links to folders, are not.
-    A manifest is known by its extension. `limit` keeps the first rows. Raises CatalogError.
+    A manifest is known by its extension. `limit` keeps the first rows. `identify`: how images are
+    known (`_image_stamp`): "later", when they are read; "stamp", from a listing or by asking the
+    storage; "content", by reading each. Bytes have their hash. Raises CatalogError.
     """
     if limit is not None and limit < 1:
         raise CatalogError(f"--limit is {limit}; it must be at least 1")
     source = _open_source(images, limit)
     if source.num_rows == 0:
         raise CatalogError(f"{images} has no rows: there is nothing to caption")
-    columns = _Columns.choose(source, id_column, image_column, description_column)
+    columns = _Columns.choose(source, id_column, image_column, description_column, identify)
+    attributes = columns.names_of(source, attribute_columns)
     rows = rows_per_unit or choose_rows_per_unit(source.num_rows, source.bytes_per_row)
 
     destination.mkdir(parents=True, exist_ok=True)
@@ -113,7 +120,7 @@ def freeze_catalog(
     id_hashes: list[npt.NDArray[np.int64]] = []
     seen = 0
     try:
-        for table in _cut(_converted(source, columns), rows, source.num_rows):
+        for table in cut(_converted(source, columns), rows, source.num_rows):
             ids = table["id"].to_pylist()
             if None in ids:
                 raise CatalogError(
@@ -133,7 +140,8 @@ def freeze_catalog(
         for unit in units:
             unit.unlink(missing_ok=True)
         raise
-    return FrozenCatalog(tuple(units), seen, rows, digest.hexdigest(source.stamps), columns.schema)
+    digest_ = digest.hexdigest(source.stamps)
+    return FrozenCatalog(tuple(units), seen, rows, digest_, columns.schema, attributes)
 
 
 def _converted(source: _Source, columns: _Columns) -> Iterator[pa.RecordBatch]:
@@ -146,9 +154,7 @@ def _converted(source: _Source, columns: _Columns) -> Iterator[pa.RecordBatch]:
         _refuse_manifest(source.name, error)
 
 
-def _cut(
-    batches: Iterator[pa.RecordBatch], rows_per_unit: int, num_rows: int
-) -> Iterator[pa.Table]:
+def cut(batches: Iterable[pa.RecordBatch], rows_per_unit: int, num_rows: int) -> Iterator[pa.Table]:
     """The first `num_rows` rows as tables of `rows_per_unit`, the last one shorter."""
     pending: list[pa.RecordBatch] = []
     taken = held = 0
@@ -436,6 +442,12 @@ def _walk(
     filesystem: fs.FileSystem, folder: str, depth: int | None
 ) -> Iterator[tuple[str, str, str]]:
     root = resolve_filesystem(folder)[1].rstrip("/")
+    if filesystem.type_name == "s3":  # pyarrow's listing has no ETags
+        bucket, _, prefix = f"{root}/".partition("/")
+        for key, stamp in _list_objects(bucket, prefix, "/" if depth == 0 else ""):
+            if "/." not in f"/{key[len(prefix) :]}":
+                yield key[len(prefix) :], f"{folder.rstrip('/')}/{key[len(prefix) :]}", stamp
+        return
     for info in filesystem.get_file_info(fs.FileSelector(root, recursive=depth != 0)):
         name = info.path.strip("/").removeprefix(root.strip("/")).strip("/")
         if info.type != fs.FileType.Directory and "/." not in f"/{name}":
@@ -460,7 +472,8 @@ def _glob_to_regex(pattern: str) -> str:
 
 def _listing(images: str, files: Sequence[tuple[str, str, str]]) -> _Source:
     names, uris, stamps = map(list, zip(*files, strict=True))
-    table = pa.table({"id": pa.array(names, pa.string()), "image": pa.array(uris, pa.string())})
+    columns = {"id": names, "image": uris, "_stamp": stamps}
+    table = pa.table({name: pa.array(texts, pa.string()) for name, texts in columns.items()})
     return _Source(images, table.schema, len(files), table.to_batches, stamps=stamps)
 
 
@@ -479,6 +492,7 @@ class _Columns:
     has_bytes: bool
     folder: str | None
     schema: pa.Schema
+    identify: str
 
     @classmethod
     def choose(
@@ -487,6 +501,7 @@ class _Columns:
         id_column: str | None,
         image_column: str | None,
         description_column: str | None,
+        identify: str,
     ) -> _Columns:
         names = source.schema.names
         if source.folder is None:
@@ -496,7 +511,7 @@ class _Columns:
                     " --image-column and --description-column"
                 )
             schema = pa.schema([*_TEXTS, ("_image_uri", pa.string())])
-            return cls("id", "image", None, (), False, None, schema)
+            return cls("id", "image", None, (), False, None, schema, identify)
 
         def pick(flag: str, wanted: str | None, default: str) -> str | None:
             if wanted is not None and wanted not in names:
@@ -543,7 +558,21 @@ class _Columns:
         ]
         image_field = ("_image_bytes", pa.binary()) if has_bytes else ("_image_uri", pa.string())
         schema = pa.schema([*fields, *_TEXTS, image_field])
-        return cls(key, image, description, tuple(kept), has_bytes, source.folder, schema)
+        kept_ = tuple(kept)
+        return cls(key, image, description, kept_, has_bytes, source.folder, schema, identify)
+
+    def names_of(self, source: _Source, wanted: Sequence[str]) -> tuple[str, ...]:
+        """The names in the unit of some columns of a manifest."""
+        names = dict(self.kept) | {self.id_name: "id"}
+        if self.description_name is not None:
+            names[self.description_name] = "description"
+        unknown = [name for name in wanted if source.folder is None or name not in names]
+        if unknown:
+            raise CatalogError(
+                f"{source.name} has no column {unknown[0]!r} for --attribute-columns; its columns"
+                f" are {', '.join(map(repr, source.schema.names))}"
+            )
+        return tuple(names[name] for name in wanted)
 
     def convert(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         columns = [
@@ -554,21 +583,34 @@ class _Columns:
             columns.append(pa.nulls(batch.num_rows, pa.string()))
         else:
             columns.append(_text(batch.column(self.description_name)))
-        if self.image_name is None:
-            columns.append(pa.nulls(batch.num_rows, pa.string()))
-        elif self.has_bytes:
-            image = batch.column(self.image_name)
-            if pa.types.is_struct(image.type):
-                image = pc.struct_field(image, "bytes")
-            columns.append(image.cast(pa.binary()))
-        else:
-            references = _text(batch.column(self.image_name)).to_pylist()
-            uris = [_absolute(reference, self.folder) for reference in references]
-            columns.append(pa.array(uris, pa.string()))
+        columns += self._images(batch)
         return pa.record_batch(columns, schema=self.schema)
 
+    def _images(self, batch: pa.RecordBatch) -> tuple[pa.Array, pa.Array]:
+        """Stamps, and URIs or bytes."""
+        if self.image_name is None:
+            return pa.array([""] * batch.num_rows), pa.nulls(batch.num_rows, pa.string())
+        image = batch.column(self.image_name)
+        if self.has_bytes:
+            if pa.types.is_struct(image.type):
+                image = pc.struct_field(image, "bytes")
+            data = image.cast(pa.binary())
+            hashes = ["" if d is None else hashlib.sha256(d).hexdigest() for d in data.to_pylist()]
+            return pa.array(hashes, pa.string()), data
+        uris = [_absolute(reference, self.folder) for reference in _text(image).to_pylist()]
+        if self.identify == "content":
+            stamps = hash_images(uris)
+        elif self.identify == "stamp":
+            is_listed = self.folder is None
+            stamps = batch.column("_stamp").to_pylist() if is_listed else stamp_images(uris)
+        else:
+            stamps = [None if uri else "" for uri in uris]
+        return pa.array(stamps, pa.string()), pa.array(uris, pa.string())
 
-_TEXTS: Final = (("id", pa.string()), ("description", pa.string()))
+
+_TEXTS: Final = (
+    ("id", pa.string()), ("description", pa.string()), ("_image_stamp", pa.string()),
+)  # fmt: skip
 
 
 def _kept_name(name: str, taken: set[str]) -> str:
@@ -634,33 +676,6 @@ def _text(column: pa.Array) -> pa.Array:
 # --- Files --------------------------------------------------------------------------------------
 
 
-def resolve_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a local path, file://, s3://, gs:// or any URI that fsspec knows, and
-    the path in it. Object keys are taken as they are, without percent-decoding.
-    """
-    scheme, separator, rest = uri.partition("://")
-    if not separator:
-        return fs.LocalFileSystem(), os.path.abspath(uri)
-    if scheme == "file":
-        path = "/" + rest.partition("/")[2]
-        return fs.LocalFileSystem(), os.fsdecode(urllib.parse.unquote_to_bytes(path))
-    if scheme in _OBJECT_STORES:
-        bucket = rest.partition("/")[0]
-        endpoint = os.environ.get("AWS_ENDPOINT_URL")
-        return _object_store(_OBJECT_STORES[scheme], bucket, endpoint), rest.rstrip("/")
-    filesystem, path = url_to_fs(uri)
-    return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
-
-
-_OBJECT_STORES: Final = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
-
-
-@functools.lru_cache(maxsize=256)
-def _object_store(scheme: str, bucket: str, endpoint: str | None) -> fs.FileSystem:
-    """Kept: a new one looks up the bucket's region and opens new connections."""
-    return fs.FileSystem.from_uri(f"{scheme}://{bucket}")[0]
-
-
 def _absolute(reference: str | None, folder: str | None) -> str | None:
     if reference is None or folder is None or "://" in reference or reference.startswith("/"):
         return reference
@@ -670,58 +685,185 @@ def _absolute(reference: str | None, folder: str | None) -> str | None:
     return scheme + separator + posixpath.normpath(path) if separator else path
 
 
+class Fetched(NamedTuple):
+    """An image file, or why there is none. stamp: what identifies its content; None: unknown."""
+
+    data: bytes | None
+    stamp: str | None
+    error_class: str | None = None
+    error_message: str | None = None
+
+
+GONE: Final = "gone"
+
+
 def read_image(uri: str | None) -> bytes | tuple[str, str]:
-    """The bytes of a file, or the error class ("gone", "unreadable", "too large") and a message.
+    """The bytes of a file, or the error class and message; see `fetch_image`."""
+    found = fetch_image(uri)
+    if found.data is not None:
+        return found.data
+    return found.error_class or "", found.error_message or ""
+
+
+def fetch_image(uri: str | None) -> Fetched:
+    """A file with its stamp, or an error class ("gone", "unreadable", "too large") and a message.
 
     Never raises for what a URI leads to. What may pass is tried again, after a pause. Safe to
     call from many threads.
     """
     if uri is None:
-        return "gone", "the row names no image"
+        return Fetched(None, "", GONE, "the row names no image")
     shown = uri if len(uri) <= 200 else f"…{uri[-200:]}"
-    failure = ""
-    for pause_s in (0.2, 1.0, 0.0):
-        try:
-            return _fetch(uri, shown)
-        except (FileNotFoundError, NotADirectoryError):
-            return "gone", f"no such file: {shown}"
-        except Exception as error:  # file systems of all kinds raise errors of all kinds
-            failure, may_pass = _explain(error)
-            if not may_pass:
-                break
-            time.sleep(pause_s * random.uniform(0.5, 1.5))  # not all threads at once
-    return "unreadable", f"{failure}: {shown}"
+    try:
+        return patiently(uri, lambda: _fetch(uri, shown))
+    except (FileNotFoundError, NotADirectoryError):
+        return Fetched(None, GONE, GONE, f"no such file: {shown}")
+    except Exception as error:  # file systems of all kinds raise errors of all kinds
+        return Fetched(None, None, "unreadable", f"{explain(error)[0]}: {shown}")
 
 
-def _fetch(uri: str, shown: str) -> bytes | tuple[str, str]:
+def _fetch(uri: str, shown: str) -> Fetched:
+    """The stamp is from before the content: one that changes meanwhile will differ next time."""
     filesystem, path = resolve_filesystem(uri)
     if isinstance(filesystem, fs.LocalFileSystem):
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-            return "unreadable", f"not a regular file: {shown}"
-        if status.st_size > MAX_FILE_BYTES:
-            return "too large", f"{status.st_size:,} bytes, over the limit of {MAX_FILE_BYTES:,}"
-        return Path(path).read_bytes()
+            return Fetched(None, None, "unreadable", f"not a regular file: {shown}")
+        stamp, size = f"{status.st_size} {status.st_mtime_ns}", status.st_size
+        return _too_large(size, stamp) or Fetched(Path(path).read_bytes(), stamp)
     with filesystem.open_input_file(path) as file:
-        if file.size() > MAX_FILE_BYTES:
-            return "too large", f"{file.size():,} bytes, over the limit of {MAX_FILE_BYTES:,}"
-        content: bytes = file.read()
-        return content
+        if filesystem.type_name == "s3":
+            stamp = _etag_stamp(file.size(), file.metadata()["ETag"].decode())
+        else:
+            stamp = _stamp(filesystem.get_file_info(path))
+        return _too_large(file.size(), stamp) or Fetched(file.read(), stamp)
 
 
-def _explain(error: Exception) -> tuple[str, bool]:
-    """A reason in words of ours, and whether the next attempt may succeed."""
-    aws = re.search(r"AWS Error (\w+)", str(error))
-    if isinstance(error, PermissionError) or (aws and aws[1] == "ACCESS_DENIED"):
-        return "permission denied", False
-    if aws:
-        return f"object storage answered {aws[1]}", True
-    if isinstance(error, ImportError | ValueError):
-        return "no file system serves this address", False
-    if isinstance(error, OSError) and error.errno is not None:
-        return os.strerror(error.errno).lower(), error.errno in _MAY_PASS
-    return "cannot be read", True
+def _too_large(size: int, stamp: str) -> Fetched | None:
+    if size <= MAX_FILE_BYTES:
+        return None
+    return Fetched(
+        None, stamp, "too large", f"{size:,} bytes, over the limit of {MAX_FILE_BYTES:,}"
+    )
 
 
-_MAY_PASS: Final = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY)
-"""Of a network file system."""
+# --- Stamps: has an image changed? --------------------------------------------------------------
+
+LIST_FROM: Final = 100  # objects of one folder: listing it is cheaper than asking for each
+STAMP_THREADS: Final = 32
+
+
+def stamp_images(uris: Sequence[str | None]) -> list[str | None]:
+    """What identifies the content of each file without opening it: size and ETag, or size and time.
+
+    "" for no image, "gone" for one that is not there, None where the storage does not say.
+    """
+    known: dict[str, str | None] = {}
+    objects: dict[str, list[str]] = defaultdict(list)
+    for uri in uris:
+        if uri and uri.startswith(("s3://", "s3a://")):
+            objects[uri.rpartition("/")[0] + "/"].append(uri)
+    for folder, inside in objects.items():
+        if len(inside) >= LIST_FROM:
+            known |= _list_stamps(folder, inside)
+    with ThreadPoolExecutor(STAMP_THREADS) as threads:
+        asked = [uri for uri in dict.fromkeys(uris) if uri and "://" in uri and uri not in known]
+        known |= zip(asked, threads.map(_ask_stamp, asked), strict=True)
+    return ["" if not uri else known[uri] if "://" in uri else _ask_stamp(uri) for uri in uris]
+
+
+def list_stamps(folder: str) -> dict[str, str]:
+    """The same of each file of a folder, by name; empty where there is no such folder."""
+    filesystem, path = resolve_filesystem(folder)
+    is_local = isinstance(filesystem, fs.LocalFileSystem)
+    try:
+        walk = _walk_local(path, 0) if is_local else _walk(filesystem, folder, 0)
+        return {name: stamp for name, _, stamp in walk}
+    except FileNotFoundError:
+        return {}
+
+
+def hash_images(uris: Sequence[str | None]) -> list[str | None]:
+    """The same by content: reads every file."""
+
+    def digest(uri: str | None) -> str | None:
+        found = fetch_image(uri)
+        return found.stamp if found.data is None else hashlib.sha256(found.data).hexdigest()
+
+    with ThreadPoolExecutor(STAMP_THREADS) as threads:
+        return list(threads.map(digest, uris))
+
+
+def _ask_stamp(uri: str) -> str | None:
+    try:
+        if "://" not in uri:
+            status = os.stat(uri)
+            return f"{status.st_size} {status.st_mtime_ns}"
+        return patiently(uri, lambda: _ask_store(uri))
+    except (FileNotFoundError, NotADirectoryError):
+        return GONE
+    except Exception:  # not to be known is no error: the image is looked at
+        return None
+
+
+def _ask_store(uri: str) -> str | None:
+    filesystem, path = resolve_filesystem(uri)
+    if filesystem.type_name == "s3":
+        bucket, _, key = path.partition("/")
+        client = s3_client(endpoint())
+        try:
+            answer = client.head_object(Bucket=bucket, Key=key)
+        except client.exceptions.ClientError as error:
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
+                return GONE
+            raise
+        return _etag_stamp(answer["ContentLength"], answer["ETag"])
+    info = filesystem.get_file_info(path)
+    return GONE if info.type == fs.FileType.NotFound else _stamp(info)
+
+
+def _list_stamps(folder: str, uris: list[str]) -> dict[str, str | None]:
+    """Stamps of objects of one folder, from its listing between the first and the last of them.
+
+    Those of a sorted manifest lie close together. Where they do not, the listing is given up, and
+    some are not in the answer.
+    """
+    scheme, _, path = folder.partition("://")
+    bucket, _, prefix = path.partition("/")
+    wanted = sorted({uri.split("/", 3)[3].encode() for uri in uris})  # the order of a listing
+    found: dict[str, str | None] = {}
+    scanned = 0
+    try:
+        before = wanted[0][:-1].decode("utf-8", "ignore")
+        for name, stamp in _list_objects(bucket, prefix, "/", before):
+            found[f"{scheme}://{bucket}/{name}"] = stamp
+            scanned += 1
+            if name.encode() >= wanted[-1] or scanned > 4 * len(wanted):
+                break
+    except OSError:  # no right to list
+        return {}
+    if scanned > 4 * len(wanted):
+        return {uri: found[uri] for uri in uris if uri in found}
+    return {uri: found.get(uri, GONE) for uri in uris}
+
+
+def _list_objects(
+    bucket: str, prefix: str, delimiter: str, after: str = ""
+) -> Iterator[tuple[str, str]]:
+    """Key and stamp of each object."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    pages = s3_client(endpoint()).get_paginator("list_objects_v2")
+    try:
+        for page in pages.paginate(
+            Bucket=bucket, Prefix=prefix, Delimiter=delimiter, StartAfter=after
+        ):
+            for entry in page.get("Contents", ()):
+                if not entry["Key"].endswith("/"):  # the mark of a folder
+                    yield entry["Key"], _etag_stamp(entry["Size"], entry["ETag"])
+    except (ClientError, BotoCoreError) as error:
+        raise OSError(f"s3://{bucket}/{prefix}: {error}") from error
+
+
+def _etag_stamp(size: int, etag: str) -> str:
+    return f"{size} {etag.strip(chr(34))}"

@@ -19,9 +19,13 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from pyarrow import fs
+
+from stylegan.storage import endpoint, patiently, s3_client
+
+T = TypeVar("T")
 
 LEASE_S = 30.0
 HEARTBEAT_S = 5.0
@@ -90,43 +94,61 @@ def _flock(descriptor: int, how: int) -> None:
 
 
 class _S3Cell:
-    def __init__(self, path: str) -> None:
-        import boto3
+    """Content is never the same twice: a PUT whose answer was lost is known by it."""
 
+    def __init__(self, path: str) -> None:
         self.bucket, _, self.key = path.partition("/")
-        self.client = boto3.client("s3")
+        self.client = s3_client(endpoint())
 
     def read(self) -> tuple[bytes, str] | None:
-        from botocore.exceptions import ClientError
+        def get() -> tuple[bytes, str] | None:
+            try:
+                answer = self.client.get_object(Bucket=self.bucket, Key=self.key)
+            except self.client.exceptions.ClientError as error:
+                if _status(error) == 404 and error.response["Error"]["Code"] != "NoSuchBucket":
+                    return None
+                raise
+            return answer["Body"].read(), answer["ETag"]
 
-        try:
-            answer = self.client.get_object(Bucket=self.bucket, Key=self.key)
-        except self.client.exceptions.NoSuchKey:
-            return None
-        except ClientError as error:
-            raise OSError(f"s3://{self.bucket}/{self.key}: {error}") from error
-        return answer["Body"].read(), answer["ETag"]
+        return self._patiently(get)
 
     def swap(self, version: str | None, data: bytes) -> str | None:
-        from botocore.exceptions import ClientError
-
         condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
-        try:
-            answer = self.client.put_object(
-                Bucket=self.bucket, Key=self.key, Body=data, **condition
-            )
-        except ClientError as error:
-            # 412: another version, 409: another writer right now, 404: no file any more
-            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-            if status in (404, 409, 412) and error.response["Error"]["Code"] != "NoSuchBucket":
-                return None
-            raise OSError(f"s3://{self.bucket}/{self.key}: {error}") from error
-        return str(answer["ETag"])
+
+        def put() -> str | None:
+            try:
+                answer = self.client.put_object(
+                    Bucket=self.bucket, Key=self.key, Body=data, **condition
+                )
+            except self.client.exceptions.ClientError as error:
+                # 412: another version, 409: another writer right now, 404: no file any more
+                is_late = _status(error) in (404, 409, 412)
+                if is_late and error.response["Error"]["Code"] != "NoSuchBucket":
+                    return None
+                raise
+            return str(answer["ETag"])
+
+        if (written := self._patiently(put)) is not None:
+            return written
+        current = self.read()  # ours, when it was tried again after an answer that was lost
+        return current[1] if current is not None and current[0] == data else None
 
     def delete(self, version: str) -> None:
         current = self.read()
         if current is not None and current[1] == version:
-            self.client.delete_object(Bucket=self.bucket, Key=self.key)
+            self._patiently(lambda: self.client.delete_object(Bucket=self.bucket, Key=self.key))
+
+    def _patiently(self, ask: Callable[[], T]) -> T:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            return patiently(f"s3://{self.bucket}", ask)
+        except (BotoCoreError, ClientError) as error:
+            raise OSError(f"s3://{self.bucket}/{self.key}: {error}") from error
+
+
+def _status(error: Any) -> int:
+    return int(error.response["ResponseMetadata"]["HTTPStatusCode"])
 
 
 class _PlainCell:
@@ -231,9 +253,6 @@ class Lock:
             version = self._file.swap(self._version, data)
             if version is None:
                 held = self._file.read()
-                if held is not None and held[0] == data:  # a retried PUT that had succeeded
-                    version = held[1]
-            if version is None:
                 self._lost = (
                     f"the lock of this run was taken over by {_name(held[0])}"
                     if held

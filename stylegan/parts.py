@@ -55,7 +55,12 @@ def output_schema(unit: pa.Schema) -> pa.Schema:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What decides the captions of a run, hence its identity. None: the model's own setting."""
+    """What decides the captions of a run, hence its identity. None: the model's own setting.
+
+    attribute_columns: the unit's names of those that a caption depends on. hash_content: images are
+    known by their content. previous: the run that unchanged rows are carried over from, if any.
+    retry_failed: those that failed in it are not.
+    """
 
     input_digest: str
     model_revision: str
@@ -65,10 +70,14 @@ class Settings:
     max_new_tokens: int | None
     seed: int
     best_of: int | None = None
+    attribute_columns: tuple[str, ...] = ()
+    hash_content: bool = False
+    previous: str | None = None
+    retry_failed: bool = False
 
     @property
     def identity(self) -> str:
-        """A sha256 that two runs share exactly when they write the same captions."""
+        """A sha256 that two runs share exactly when they come to the same rows the same way."""
         return _sha256({"format": FORMAT, **asdict(self)})
 
     @property
@@ -81,10 +90,25 @@ class Settings:
         key = json.dumps([self.seed, row_id, style, candidate]).encode()
         return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
 
-    def fingerprint(self, image_sha256: str | None, description: str | None, style: str) -> str:
-        """A sha256 of all that a caption depends on, but for its row's id."""
+    def fingerprints(self, rows: pa.Table, style: str) -> list[str | None]:
+        """Of each row of a unit a sha256 of all that its captions depend on, but for its id.
+
+        rows: with the description that was given. None where it is not known what the image is.
+        """
         decoding = [self.temperature, self.max_new_tokens, self.best_of, self.seed]
-        return _sha256([image_sha256, description, self.model_revision, style, decoding])
+        made = [self.model_revision, style, decoding, self.hash_content, self.attribute_columns]
+        common = hashlib.sha256(json.dumps(made).encode())
+
+        def digest(values: tuple[Any, ...]) -> str | None:
+            if values[0] is None:
+                return None
+            whole = common.copy()
+            whole.update(json.dumps(values, default=str).encode())
+            return whole.hexdigest()
+
+        names = ["_image_stamp", "description", *self.attribute_columns]
+        columns = [rows.column(name).to_pylist() for name in names]
+        return [digest(values) for values in zip(*columns, strict=True)]
 
 
 def _sha256(value: object) -> str:
@@ -117,12 +141,13 @@ def assemble(
     settings: Settings,
     *,
     run_id: str,
-    model_id: str,
+    model_id: str | None,
 ) -> pa.Table:
     """The rows of a part, with all columns of the output.
 
-    rows: those of the unit, with what is known of their images, in the output's column names.
-    captions: by number of the row, style and candidate; rows that failed before have none.
+    rows: those of the unit, with what is known of their images, in the output's column names, and
+    their stamps. captions: by number of the row, style and candidate; rows that failed before have
+    none.
     """
     constant = {
         "model_id": model_id,
@@ -133,13 +158,15 @@ def assemble(
     }
     given = [name for name in OUTPUT.names if name in rows.column_names]
     is_locked = locked(rows)
+    prints = {style: settings.fingerprints(rows, style) for style in settings.styles}
     ours: list[dict[str, Any]] = []
     for index, row in enumerate(rows.select(given).to_pylist()):
         for style, candidate in settings.versions:
             caption = captions.get((index, style, candidate))
-            out = {**row, **constant, "style": style}
-            if is_locked[index]:
-                out |= {"status": "locked"}
+            out = {**row, **constant, "style": style, "fingerprint": prints[style][index]}
+            if is_locked[index]:  # no model had a part in it
+                nothing = dict.fromkeys(("model_id", "model_revision", "fingerprint"))
+                out |= {"status": "locked", **nothing}
             elif caption is None:
                 out |= {"status": "failed", "caption": None}
             elif caption.error_class is not None:
@@ -156,16 +183,19 @@ def assemble(
                     "caption_score": caption.score,
                     "description": caption.description,
                     "needs_review": caption.needs_review,
-                    "fingerprint": settings.fingerprint(
-                        row["image_sha256"], row["description"], style
-                    ),
                     "seed": caption.seed,
                     "num_generated_tokens": caption.num_generated_tokens,
                 }
             ours.append(out)
+    return beside_input(rows, pa.Table.from_pylist(ours, OUTPUT))
+
+
+def beside_input(rows: pa.Table, ours: pa.Table) -> pa.Table:
+    """The rows of a part: the input's columns of a unit's rows, each row as often as it came out,
+    and our own.
+    """
     kept = rows.select(input_columns(rows.schema))
-    kept = kept.take(np.repeat(np.arange(rows.num_rows), len(settings.versions)))
-    return pa.Table.from_arrays(
-        [*kept.columns, *pa.Table.from_pylist(ours, OUTPUT).columns],
-        schema=pa.schema([*kept.schema, *OUTPUT]),
-    )
+    if rows.num_rows:
+        kept = kept.take(np.repeat(np.arange(rows.num_rows), ours.num_rows // rows.num_rows))
+    schema = pa.schema([*kept.schema, *OUTPUT])
+    return pa.Table.from_arrays([*kept.columns, *ours.columns], schema=schema)

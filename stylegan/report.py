@@ -147,7 +147,10 @@ def _cards(filesystem: fs.FileSystem, run: str) -> Iterator[Card]:
                     images[row["id"]].append(row)
             captioned = list(images)
             picked = [captioned[row] for row in _spread(len(captioned), wanted)]
-            blobs = _fetch(filesystem, run, name, picked, threads)
+            # what was not opened for its caption is not opened for the page
+            fresh = [row for row in picked if images[row][0]["status"] != "carried_over"]
+            found = dict(zip(fresh, _fetch(filesystem, run, name, fresh, threads), strict=True))
+            blobs = [found.get(row) for row in picked]
             for row_id, image in zip(picked, decoder.decode(blobs, THUMBNAIL), strict=True):
                 first = images[row_id][0]
                 yield Card(
@@ -222,7 +225,7 @@ COLUMNS = {
     "model_id": "the model that wrote the caption",
     "model_revision": "a hash of its files",
     "fingerprint": "a hash of all that the caption depends on",
-    "run_id": "the run that wrote the row",
+    "run_id": "the run that wrote the caption",
     "seed": "of this row's noise",
     "num_generated_tokens": "length of the caption in tokens",
     "generated_at": "when, UTC",

@@ -9,7 +9,10 @@ nothing can disagree. A kill leaves
     while planning     `_plan/identity`, some units, no `_plan/run.json`: planned again, same name
     while captioning   the parts that are there; the others are missing units
     while publishing   no `_SUCCESS`: verified and published again
-    after _SUCCESS     leftovers of `_plan`, ignored and cleaned by the next run
+    after _SUCCESS     `_plan`: `latest` may not name the run yet; the same command sees to both
+
+Units that are carried over from a previous run come last. Their rows of the output are in the plan
+too (`_plan/carried-00012.parquet`), so that nothing but the plan is needed once it is there.
 
 `data/` and `errors/` hold parts and nothing else: before _SUCCESS a file that is no part of this
 run is moved to `_foreign/`, and named.
@@ -19,11 +22,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
+import tempfile
 import threading
 import time
-import uuid
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -37,12 +39,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from stylegan.catalog import FrozenCatalog, resolve_filesystem
-from stylegan.lock import Lock, cell
+from stylegan.catalog import FrozenCatalog
+from stylegan.lock import Lock, LockError, cell
 from stylegan.parts import ERRORS, Settings, output_schema
+from stylegan.previous import Division, Previous, divide
+from stylegan.publish import read_latest, reading, set_latest
 from stylegan.report import data_card, write_report
+from stylegan.storage import explain, patiently, resolve_filesystem, write_atomically
 
 THREADS = 16  # requests to the storage at a time
+CARRYING = 4  # units that are carried over at a time: each is in memory
 
 
 class RunError(RuntimeError):
@@ -68,7 +74,11 @@ class Verification:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A planned run directory. Small and picklable: workers get it as it is."""
+    """A planned run directory. Small and picklable: workers get it as it is.
+
+    num_carried: rows of those in units that are carried over, of carried_rows_per_unit rows each.
+    changes: input rows by what became of them since the previous run, if there is one.
+    """
 
     uri: str
     settings: Settings
@@ -76,6 +86,9 @@ class Run:
     rows_per_unit: int
     num_units: int
     created_at: str
+    num_carried: int = 0
+    carried_rows_per_unit: int = 1
+    changes: dict[str, int] | None = None
 
     @property
     def run_id(self) -> str:
@@ -85,16 +98,25 @@ class Run:
     @property
     def filesystem(self) -> fs.FileSystem:
         """Where the directory is."""
-        return _resolve(self.uri)[0]
+        return resolve_filesystem(self.uri)[0]
 
     @property
     def path(self) -> str:
         """The directory in its file system."""
-        return _resolve(self.uri)[1]
+        return resolve_filesystem(self.uri)[1]
+
+    @property
+    def num_fresh_units(self) -> int:
+        """Units to caption; those after them are carried over."""
+        return -(-(self.num_rows - self.num_carried) // self.rows_per_unit)
 
     def unit_rows(self, unit: int) -> int:
         """Input rows of a unit."""
-        return min(self.rows_per_unit, self.num_rows - unit * self.rows_per_unit)
+        if unit < self.num_fresh_units:
+            rows = self.num_rows - self.num_carried - unit * self.rows_per_unit
+            return min(self.rows_per_unit, rows)
+        rows = self.num_carried - (unit - self.num_fresh_units) * self.carried_rows_per_unit
+        return min(self.carried_rows_per_unit, rows)
 
     # --- units and parts ------------------------------------------------------------------------
 
@@ -112,12 +134,11 @@ class Run:
         notes: seconds of each stage, kept in the file. Raises RunError when the rows are not the
         unit's.
         """
-        source = self.read_unit(unit, ["id"])
         ids = rows.column("id").to_pylist()
-        if ids != self._expected_ids(source) or rows.schema != self._schema():
+        if ids != self._expected_ids(unit) or rows.schema != self._schema():
             raise RunError(
-                f"unit {unit} came back with {len(ids)} rows for its {source.num_rows}, or with "
-                "other ids or columns: this is a defect of the job, nothing was written"
+                f"unit {unit} came back with {len(ids)} rows for its {self.unit_rows(unit)}, or "
+                "with other ids or columns: this is a defect of the job, nothing was written"
             )
         name = f"part-{unit:05}.parquet"
         if self._exists(f"data/{name}"):  # a retried task, or another owner's
@@ -128,15 +149,36 @@ class Run:
         first = {index // each: index for index in reversed(failed)}
         if first:
             order = sorted(first)
-            whole = self.read_unit(unit).take(order)
+            whole = self.read_unit(unit).drop_columns("_image_stamp").take(order)
             reasons = rows.select(ERRORS.names).take([first[index] for index in order])
             for name_ in ERRORS.names:
                 whole = whole.append_column(ERRORS.field(name_), reasons.column(name_))
             self._write(f"errors/{name}", _parquet(whole))
         elif self._exists(f"errors/{name}"):  # of an attempt that failed for another reason
-            self.filesystem.delete_file(f"{self.path}/errors/{name}")
+            self._delete(f"errors/{name}")
         noted = {b"stylegan": json.dumps({"run": self.run_id, "unit": unit, **notes}).encode()}
         self._write(f"data/{name}", _parquet(rows.replace_schema_metadata(noted)))
+
+    def write_carried(self, units: Iterable[int]) -> None:
+        """Writes parts of units that are carried over."""
+
+        def write(unit: int) -> None:
+            self.write_part(unit, self._read(f"_plan/carried-{unit:05}.parquet"), {})
+
+        with ThreadPoolExecutor(CARRYING) as pool:
+            list(pool.map(write, units))
+
+    def count_failed(self) -> dict[int, int]:
+        """Failed input rows of each unit to caption that has any, of those that are done."""
+        there = {_unit_of(name) for name in self._list("data")}
+        units = {_unit_of(name): name for name in self._list("errors")}
+        wanted = sorted(unit for unit in units if unit in there and unit < self.num_fresh_units)
+
+        def count(unit: int) -> int:
+            return len(self._read(f"errors/{units[unit]}", ["id"]))
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            return dict(zip(wanted, pool.map(count, wanted), strict=True))
 
     def missing_units(self) -> list[int]:
         """The units without a part, in order."""
@@ -154,11 +196,9 @@ class Run:
         for name in self._list():
             folder, _, rest = name.partition("/")
             if re.search(r"(^|/)\.[^/]+\.[0-9a-f]{32}$", name):  # see write_atomically
-                self.filesystem.delete_file(f"{self.path}/{name}")
+                self._delete(name)
             elif folder in ("data", "errors") and _unit_of(rest) not in range(self.num_units):
-                self.filesystem.create_dir(f"{self.path}/_foreign", recursive=True)
-                target = f"{self.path}/_foreign/{name.replace('/', '-')}"
-                self.filesystem.move(f"{self.path}/{name}", target)
+                self._set_aside(name)
                 foreign.append(name)
         return foreign
 
@@ -181,18 +221,17 @@ class Run:
         self, unit: int, errors: set[int], found: Verification, counting: threading.Lock
     ) -> str:
         """Adds what a right part holds; says what is wrong with a wrong one."""
-        expected = self._expected_ids(self.read_unit(unit, ["id"]))
+        expected = self._expected_ids(unit)
         name = f"part-{unit:05}.parquet"
         try:
-            with self.filesystem.open_input_file(f"{self.path}/data/{name}") as file:
-                part = pq.ParquetFile(file)
-                schema = part.schema_arrow
-                if schema.remove_metadata() != self._schema():
-                    return "has other columns"
-                rows = part.read(["id", "style", "status", "error_class", "needs_review"])
+            rows, schema = self._read_with_schema(f"data/{name}", _VERIFIED)
+            if schema.remove_metadata() != self._schema():
+                return "has other columns"
         except FileNotFoundError:
             return "is missing"
         except (pa.ArrowException, OSError) as error:
+            if explain(error)[1]:  # the storage's fault, not the part's
+                raise
             return f"cannot be read ({str(error).splitlines()[0]})"
         styles = [style for style, _ in self.settings.versions]
         if rows.column("id").to_pylist() != expected:
@@ -229,19 +268,19 @@ class Run:
         """Deletes the parts of units, so that they are missing."""
         for unit in units:
             for folder in ("data", "errors"):
-                with contextlib.suppress(FileNotFoundError):
-                    self.filesystem.delete_file(f"{self.path}/{folder}/part-{unit:05}.parquet")
+                self._delete(f"{folder}/part-{unit:05}.parquet")
 
     def publish(self, summary: dict[str, Any], lock: Lock) -> None:
-        """Writes what people read, then _SUCCESS, and deletes the plan.
+        """Writes what people read, then _SUCCESS and `latest`, and deletes the plan.
 
         Raises LockError when the run is another's by now.
         """
         self._write("summary.json", json.dumps(summary, indent=2, ensure_ascii=False).encode())
-        write_report(self.filesystem, self.path, summary)
+        patiently(self.uri, lambda: write_report(self.filesystem, self.path, summary))
         self._write("README.md", data_card(summary).encode())
         lock.check(now=True)
         self._write("_SUCCESS", self.settings.identity.encode())
+        set_latest(*self.uri.rsplit("/", 1))
         clean(self.uri)
 
     # --- storage --------------------------------------------------------------------------------
@@ -249,39 +288,70 @@ class Run:
     def _schema(self) -> pa.Schema:
         return _part_schema(self.uri)
 
-    def _expected_ids(self, unit: pa.Table) -> list[str]:
-        each = len(self.settings.versions)
-        return [row_id for row_id in unit.column("id").to_pylist() for _ in range(each)]
+    def _expected_ids(self, unit: int) -> list[str]:
+        ids = self.read_unit(unit, ["id"]).column("id").to_pylist()
+        return [row_id for row_id in ids for _ in self.settings.versions]
 
     def _read(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        # as a file, not as a data set: a path with `run=` in it would add a column
-        with self.filesystem.open_input_file(f"{self.path}/{name}") as file:
-            return pq.ParquetFile(file).read(columns)
+        return self._read_with_schema(name, columns)[0]
+
+    def _read_with_schema(self, name: str, columns: list[str] | None) -> tuple[pa.Table, pa.Schema]:
+        """Columns of a file, those of them that it has, and its schema."""
+
+        def read() -> tuple[pa.Table, pa.Schema]:
+            # as a file, not as a data set: a path with `run=` in it would add a column
+            with self.filesystem.open_input_file(f"{self.path}/{name}") as file:
+                parquet = pq.ParquetFile(file)
+                return parquet.read(columns), parquet.schema_arrow
+
+        return patiently(self.uri, read)
 
     def _write(self, name: str, data: bytes | pa.Buffer) -> None:
-        write_atomically(self.filesystem, f"{self.path}/{name}", data)
+        path = f"{self.path}/{name}"
+        patiently(self.uri, lambda: write_atomically(self.filesystem, path, data))
 
     def _exists(self, name: str) -> bool:
-        info = self.filesystem.get_file_info(f"{self.path}/{name}")
-        return bool(info.type != fs.FileType.NotFound)
+        return _exists(self.uri, f"{self.path}/{name}")
+
+    def _delete(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            patiently(self.uri, lambda: self.filesystem.delete_file(f"{self.path}/{name}"))
+
+    def _set_aside(self, name: str) -> None:
+        def move() -> None:
+            self.filesystem.create_dir(f"{self.path}/_foreign", recursive=True)
+            target = f"{self.path}/_foreign/{name.replace('/', '-')}"
+            self.filesystem.move(f"{self.path}/{name}", target)
+
+        with contextlib.suppress(FileNotFoundError):  # an attempt that got no answer had moved it
+            patiently(self.uri, move)
 
     def _list(self, folder: str = "") -> list[str]:
         """The files below a folder of the run, relative to it."""
         base = f"{self.path}/{folder}".rstrip("/")
-        found = self.filesystem.get_file_info(
-            fs.FileSelector(base, allow_not_found=True, recursive=True)
-        )
+        selector = fs.FileSelector(base, allow_not_found=True, recursive=True)
+        found = patiently(self.uri, lambda: self.filesystem.get_file_info(selector))
         return [info.path[len(base) + 1 :] for info in found if info.type == fs.FileType.File]
 
 
-_resolve = cache(resolve_filesystem)
+_VERIFIED = ["id", "style", "status", "error_class", "needs_review"]
 
 
 @cache
 def _part_schema(run_uri: str) -> pa.Schema:
-    filesystem, path = _resolve(run_uri)
-    with filesystem.open_input_file(f"{path}/_plan/unit-00000.parquet") as file:
-        return output_schema(pq.ParquetFile(file).schema_arrow.remove_metadata())
+    filesystem, path = resolve_filesystem(run_uri)
+
+    def read() -> pa.Schema:
+        with filesystem.open_input_file(f"{path}/_plan/unit-00000.parquet") as file:
+            return pq.ParquetFile(file).schema_arrow
+
+    return output_schema(patiently(run_uri, read).remove_metadata())
+
+
+def _exists(uri: str, path: str) -> bool:
+    filesystem = resolve_filesystem(uri)[0]
+    info = patiently(uri, lambda: filesystem.get_file_info(path))
+    return bool(info.type != fs.FileType.NotFound)
 
 
 def _unit_of(name: str) -> int:
@@ -297,35 +367,6 @@ def _parquet(table: pa.Table) -> pa.Buffer:
     return sink.getvalue()
 
 
-def write_atomically(filesystem: fs.FileSystem, path: str, data: bytes | pa.Buffer) -> None:
-    """Writes a file that is there whole or not at all.
-
-    On disk: temporary file, fsync, rename. Elsewhere: one PUT or one completed upload.
-    """
-    if filesystem.type_name != "local":
-        with filesystem.open_output_stream(path) as stream:
-            stream.write(data)
-        return
-    folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)  # the name itself
-    finally:
-        os.close(descriptor)
-
-
 # --- finding and making runs --------------------------------------------------------------------
 
 
@@ -338,45 +379,73 @@ class Found:
     run: Run | None
 
 
+def lock_name(identity: str) -> str:
+    """Of the lock of a run: beside the run directories, for it guards their making too."""
+    return f"_LOCK-{identity[:16]}"
+
+
 def lock_path(output: str, settings: Settings) -> tuple[fs.FileSystem, str]:
-    """Where the lock of a run lies: beside the run directories, for it guards their making too."""
-    filesystem, root = _resolve(output)
-    return filesystem, f"{root.rstrip('/')}/_LOCK-{settings.identity[:16]}"
+    """Where the lock of a run lies."""
+    filesystem, root = resolve_filesystem(output)
+    return filesystem, f"{root.rstrip('/')}/{lock_name(settings.identity)}"
 
 
 def has_leftovers(found: Found, lock_file: tuple[fs.FileSystem, str]) -> bool:
     """Whether a kill after _SUCCESS left the plan or the lock of a finished run behind."""
-    filesystem, path = _resolve(found.uri)
-    infos = filesystem.get_file_info([f"{path}/_plan", lock_file[1]])
-    return any(info.type != fs.FileType.NotFound for info in infos)
+    path = resolve_filesystem(found.uri)[1]
+    return any(_exists(found.uri, place) for place in (f"{path}/_plan", lock_file[1]))
+
+
+def settle(uri: str) -> None:
+    """Does what a kill after _SUCCESS left undone. `latest` never goes back by that."""
+    path = resolve_filesystem(uri)[1]
+    if _exists(uri, f"{path}/_plan"):
+        output, name = uri.rsplit("/", 1)
+        if (read_latest(output) or "") < name:
+            with reading(output, name, "publisher"):
+                set_latest(output, name)
+        clean(uri)
+
+
+def settle_after_death(uri: str, identity: str) -> None:
+    """The same for a finished run that no command of its own may come back to."""
+    filesystem, path = resolve_filesystem(uri)
+    lock_file = f"{path.rpartition('/')[0]}/{lock_name(identity)}"
+    if _exists(uri, f"{path}/_plan") or _exists(uri, lock_file):
+        with (
+            contextlib.suppress(LockError),  # its job is alive
+            Lock.acquire(filesystem, lock_file, say=lambda _: None),
+        ):
+            settle(uri)
 
 
 def clean(uri: str) -> None:
     """Deletes the plan of a finished run."""
-    filesystem, path = _resolve(uri)
-    if filesystem.get_file_info(f"{path}/_plan").type != fs.FileType.NotFound:
-        filesystem.delete_dir(f"{path}/_plan")
+    filesystem, path = resolve_filesystem(uri)
+    with contextlib.suppress(FileNotFoundError):  # an attempt that got no answer had deleted it
+        if _exists(uri, f"{path}/_plan"):
+            patiently(uri, lambda: filesystem.delete_dir(f"{path}/_plan"))
 
 
 def find_run(output: str, settings: Settings) -> Found | None:
     """The run of these settings below `output`: the finished one if there is one, else any."""
-    filesystem, root = _resolve(output)
+    filesystem, root = resolve_filesystem(output)
     root = root.rstrip("/")
-    listing = filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True))
+    selector = fs.FileSelector(root, allow_not_found=True)
+    listing = patiently(output, lambda: filesystem.get_file_info(selector))
     names = [info.base_name for info in listing if info.base_name.startswith("run=")]
 
     def look(name: str) -> Found | None:
         uri = f"{output.rstrip('/')}/{name}"
         for marker in ("_SUCCESS", "_plan/identity"):
-            with (
-                contextlib.suppress(FileNotFoundError),
-                filesystem.open_input_stream(f"{root}/{name}/{marker}") as stream,
-            ):
-                if stream.read().decode(errors="replace").strip() != settings.identity:
-                    return None
-                if marker == "_SUCCESS":
-                    return Found(uri, True, None)
-                return Found(uri, False, _load(uri, settings))
+            content = _read_bytes(output, f"{root}/{name}/{marker}")
+            if content is None:
+                continue
+            if content.decode(errors="replace").strip() != settings.identity:
+                return None
+            if marker == "_SUCCESS":
+                return Found(uri, True, None)
+            return Found(uri, False, _load(uri, settings))
         return None
 
     with ThreadPoolExecutor(THREADS) as pool:
@@ -384,39 +453,73 @@ def find_run(output: str, settings: Settings) -> Found | None:
     return max(found, key=lambda run: (run.is_finished, run.run is not None), default=None)
 
 
+def _read_bytes(uri: str, path: str) -> bytes | None:
+    """The content of a small file; None: there is none."""
+    filesystem = resolve_filesystem(uri)[0]
+
+    def read() -> bytes:
+        with filesystem.open_input_stream(path) as stream:
+            content: bytes = stream.read()
+        return content
+
+    with contextlib.suppress(FileNotFoundError):
+        return patiently(uri, read)
+    return None
+
+
 def _load(uri: str, settings: Settings) -> Run | None:
-    filesystem, path = _resolve(uri)
-    try:
-        with filesystem.open_input_stream(f"{path}/_plan/run.json") as stream:
-            plan = json.loads(stream.read())
-    except FileNotFoundError:
+    content = _read_bytes(uri, f"{resolve_filesystem(uri)[1]}/_plan/run.json")
+    if content is None:
         return None  # killed while planning
-    return Run(uri=uri, settings=settings, **plan["plan"])
+    return Run(uri=uri, settings=settings, **json.loads(content)["plan"])
 
 
 def plan_run(
-    output: str, settings: Settings, catalog: FrozenCatalog, unplanned: str | None = None
+    output: str,
+    settings: Settings,
+    catalog: FrozenCatalog,
+    unplanned: str | None = None,
+    previous: Previous | None = None,
 ) -> Run:
     """Makes a run directory with its plan: units first, `run.json` last.
 
     unplanned: the directory of the same settings that a kill left without its plan, used again.
+    previous: the run that unchanged rows are carried over from.
     """
-    filesystem, root = _resolve(output)
+    filesystem, root = resolve_filesystem(output)
     uri = unplanned or _claim_name(filesystem, root.rstrip("/"), output.rstrip("/"), settings)
-    path = _resolve(uri)[1]
-    numbers = catalog.num_rows, catalog.rows_per_unit, len(catalog.units)
-    run = Run(uri, settings, *numbers, created_at=_now())
+    path = resolve_filesystem(uri)[1]
 
-    def upload(numbered: tuple[int, Path]) -> None:
-        unit, source = numbered
-        write_atomically(filesystem, f"{path}/_plan/unit-{unit:05}.parquet", source.read_bytes())
+    def upload(name: str, source: Path) -> None:
+        data, target = source.read_bytes(), f"{path}/_plan/{name}.parquet"
+        patiently(uri, lambda: write_atomically(filesystem, target, data))
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(upload, enumerate(catalog.units)))
-    plan = {k: getattr(run, k) for k in ("num_rows", "rows_per_unit", "num_units", "created_at")}
+    with tempfile.TemporaryDirectory(prefix="stylegan-") as scratch:
+        division = Division(list(catalog.units), [], 0, catalog.rows_per_unit, 1, {})
+        if previous is not None:
+            base, name = previous.uri.rsplit("/", 1)
+            with reading(base, name, settings.identity[:16]):
+                run_id = uri.rpartition("/run=")[2]
+                division = divide(previous, catalog, settings, run_id, Path(scratch))
+        first = len(division.fresh)
+        files = {f"unit-{unit:05}": file for unit, file in enumerate(division.fresh)}
+        for unit, (file, part) in enumerate(division.carried, first):
+            files |= {f"unit-{unit:05}": file, f"carried-{unit:05}": part}
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(upload, files, files.values()))
+    plan: dict[str, Any] = {
+        "num_rows": catalog.num_rows,
+        "rows_per_unit": division.rows_per_unit,
+        "num_units": first + len(division.carried),
+        "created_at": _now(),
+        "num_carried": division.num_carried,
+        "carried_rows_per_unit": division.carried_rows_per_unit,
+        "changes": division.changes or None,
+    }
     content = {"identity": settings.identity, "settings": asdict(settings), "plan": plan}
-    write_atomically(filesystem, f"{path}/_plan/run.json", json.dumps(content).encode())
-    return run
+    data = json.dumps(content).encode()
+    patiently(uri, lambda: write_atomically(filesystem, f"{path}/_plan/run.json", data))
+    return Run(uri, settings, **plan)
 
 
 def _claim_name(filesystem: fs.FileSystem, root: str, output: str, settings: Settings) -> str:
@@ -424,7 +527,7 @@ def _claim_name(filesystem: fs.FileSystem, root: str, output: str, settings: Set
     stamp = time.strftime("run=%Y-%m-%dT%H-%M-%S", time.gmtime())
     for number in count(1):
         name = stamp if number == 1 else f"{stamp}-{number}"
-        if filesystem.get_file_info(f"{root}/{name}").type == fs.FileType.NotFound:
+        if not _exists(output, f"{root}/{name}"):
             claim = cell(filesystem, f"{root}/{name}/_plan/identity")
             if claim.swap(None, settings.identity.encode()) is not None:
                 return f"{output}/{name}"

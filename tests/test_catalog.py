@@ -84,7 +84,7 @@ def test_folder(tmp_path: Path) -> None:
     catalog = freeze(folder, tmp_path)
     found = {row["id"]: read_image(row["_image_uri"]) for row in rows(catalog)}
     assert list(found) == sorted(found)
-    assert catalog.schema.names == ["id", "description", "_image_uri"]
+    assert catalog.schema.names == ["id", "description", "_image_stamp", "_image_uri"]
     assert found == {
         "a.png": b"a",
         "a/new\nline & 100%#?.jpg": b"odd name",
@@ -224,7 +224,7 @@ def test_parquet_with_image_bytes(tmp_path: Path) -> None:
     catalog = freeze(tmp_path / "catalog.parquet", tmp_path, **options)
     assert catalog.digest == freeze(tmp_path / "hub.parquet", tmp_path, **options).digest
     assert catalog.schema.names == [
-        "sku", "title", "nothing", "sizes", "id", "description", "_image_bytes",
+        "sku", "title", "nothing", "sizes", "id", "description", "_image_stamp", "_image_bytes",
     ]  # fmt: skip
     assert catalog.schema.field("nothing").type == pa.string()
     assert [row["_image_bytes"] for row in rows(catalog)] == [data, None, b""]
@@ -253,6 +253,7 @@ def test_columns_with_names_of_the_output(tmp_path: Path) -> None:
             "input__image_uri": "u",
             "id": "A",
             "description": "T",
+            "_image_stamp": None,
             "_image_uri": f"{tmp_path}/x.jpg",
         }
     ]
