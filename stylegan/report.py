@@ -695,17 +695,18 @@ def _draw(
 
 def _mark(axis: Any, events: _Rows, tick: int) -> None:
     """Rollbacks and stops as lines, what they took back as a tint, snapshots as ticks."""
-    number = 0
+    number, since = 0, 0
     snapshots = []
     for event in events:
         step, kind = event["step"], event["kind"]
         if kind == "snapshot":
             snapshots.append(step)
+            since = step
         elif kind in ("rollback", "stop"):
             number += kind == "rollback"
             label = kind if kind == "stop" else "rollback 1" if number == 1 else f"{number}"
-            since = snapshots[-1] if snapshots else 0
             axis.axvspan(since, step, color=BAD, alpha=0.08, linewidth=0)
+            since = step
             axis.axvline(step, color=BAD, linewidth=0.8, linestyle=(0, (3, 2)))
             axis.annotate(
                 label, (step, 1.02), xycoords=axis.get_xaxis_transform(), ha="center",
