@@ -418,13 +418,14 @@ def worker(settings: dict[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as directory:
             save_state(state, Path(directory) / "state.pt")
             ray.train.report(metrics, checkpoint=Checkpoint.from_directory(directory))
-        write_page(arguments, config, curves, data, None)
+        diagnostics.update(curves)
 
     def log(line: str) -> None:
         print(line, flush=True)
 
     try:
         data = prepare(arguments, Path(settings["cache"]))
+        diagnostics = Diagnostics(arguments, config, data)
         last = ray.train.get_checkpoint()
         resume = None
         if last is not None:
@@ -437,7 +438,7 @@ def worker(settings: dict[str, Any]) -> None:
             _write(arguments.output, FAILURE, f"{type(error).__name__}: {error}".encode())
         return
     if process.rank == 0:
-        publish(arguments, config, trained, data)
+        publish(arguments, config, trained, diagnostics)
 
 
 FAILURE = "training/failure.txt"  # why the workers gave up, for the driver to tell
@@ -452,35 +453,55 @@ def _write(output: str, name: str, data: bytes) -> None:
         stream.write(data)
 
 
-def write_page(
-    arguments: argparse.Namespace, config: TrainingConfig, curves: Curves, data: Data,
-    verdict: dict[str, dict[str, float]] | None,
-) -> None:  # fmt: skip
-    """`training.html` in the output: curves, rollbacks, captions; written while it trains, too."""
-    from stylegan.report import write_training_page  # slow to import
+class Diagnostics:
+    """What a person watches while it trains, in the output: `training.html` (curves, rollbacks,
+    captions of the same products over time) and `tensorboard/`."""
 
-    def picture(index: int) -> bytes | None:
+    def __init__(self, arguments: argparse.Namespace, config: TrainingConfig, data: Data) -> None:
+        from stylegan.report import TensorBoard  # slow to import
+
+        self.output, self.config, self.data = arguments.output, config, data
+        self.scratch = tempfile.TemporaryDirectory()
+        is_local = "://" not in self.output
+        self.folder = Path(self.output if is_local else self.scratch.name) / "tensorboard"
+        self.board, self.told, self.is_local = TensorBoard(self.folder), 0, is_local
+
+    def update(self, curves: Curves, verdict: dict[str, dict[str, float]] | None = None) -> None:
+        """Tells what came since the last time. verdict: when the training has ended."""
+        from stylegan.report import write_training_page
+
+        for row in curves.rows[self.told :]:
+            values = {k: v for k, v in row.items() if k not in ("stage", "step")}
+            self.board.add(str(row["stage"]), int(row["step"]), values)
+        self.told = len(curves.rows)
+        if not self.is_local:
+            for path in self.folder.rglob("*"):
+                if path.is_file():
+                    name = f"tensorboard/{path.relative_to(self.folder).as_posix()}"
+                    _write(self.output, name, path.read_bytes())
+        products = [{**p, "image": self._picture(p["image"])} for p in curves.products]
+        page = Path(self.scratch.name) / "training.html"
+        write_training_page(
+            page, title=f"Training of {Path(self.output).name}", rows=curves.rows,
+            events=curves.events, products=products, samples=curves.samples,
+            configuration=dataclasses.asdict(self.config), verdict=verdict,
+        )  # fmt: skip
+        _write(self.output, page.name, page.read_bytes())
+
+    def _picture(self, index: int) -> bytes | None:
         if index < 0:
             return None
         buffer = io.BytesIO()
-        Image.fromarray(data.pixels[index]).save(buffer, "JPEG")
+        Image.fromarray(self.data.pixels[index]).save(buffer, "JPEG")
         return buffer.getvalue()
-
-    with tempfile.TemporaryDirectory() as scratch:
-        page = Path(scratch) / "training.html"
-        write_training_page(
-            page, title=f"Training of {arguments.output}", rows=curves.rows, events=curves.events,
-            products=[{**p, "image": picture(p["image"])} for p in curves.products],
-            samples=curves.samples, configuration=dataclasses.asdict(config), verdict=verdict,
-        )  # fmt: skip
-        _write(arguments.output, page.name, page.read_bytes())
 
 
 def publish(
-    arguments: argparse.Namespace, config: TrainingConfig, trained: Trained, data: Data
-) -> None:
+    arguments: argparse.Namespace, config: TrainingConfig, trained: Trained,
+    diagnostics: Diagnostics,
+) -> None:  # fmt: skip
     """Writes the model directory, locally or on object storage; `metrics.json` comes last."""
-    from stylegan.report import TensorBoard, model_card, plot_curves  # slow to import, needed once
+    from stylegan.report import model_card, plot_curves  # slow to import, needed once
 
     curves = trained.curves
     with tempfile.TemporaryDirectory() as scratch:
@@ -510,16 +531,10 @@ def publish(
         (directory / "training.json").write_text(json.dumps(settings, indent=2) + "\n")
         (directory / "curves.json").write_text(json.dumps(dataclasses.asdict(curves)) + "\n")
         plot_curves(curves.rows, directory / "curves.png", curves.events)
-        board = TensorBoard(directory / "tensorboard")
-        for row in curves.rows:
-            values = {k: v for k, v in row.items() if k not in ("stage", "step")}
-            board.add(str(row["stage"]), int(row["step"]), values)
-        board.close()
         (directory / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        write_page(arguments, config, curves, data, trained.verdict)
-        files = (path for path in directory.rglob("*") if path.is_file())
-        for path in sorted(files, key=lambda path: path.name == "metrics.json"):
-            _write(arguments.output, path.relative_to(directory).as_posix(), path.read_bytes())
+        diagnostics.update(curves, trained.verdict)
+        for path in sorted(directory.iterdir(), key=lambda path: path.name == "metrics.json"):
+            _write(arguments.output, path.name, path.read_bytes())
 
 
 def train_with_ray(arguments: argparse.Namespace, config: TrainingConfig, cache: Path) -> None:
@@ -592,10 +607,11 @@ def train_here(arguments: argparse.Namespace, config: TrainingConfig, cache: Pat
 
     def save(state: dict[str, Any], curves: Curves) -> None:
         save_state({**state, "config": dataclasses.asdict(config)}, path)
-        write_page(arguments, config, curves, data, None)
+        diagnostics.update(curves)
 
+    diagnostics = Diagnostics(arguments, config, data)
     trained = fit(config, data, process, state, save, lambda line: print(line, flush=True))
-    publish(arguments, config, trained, data)
+    publish(arguments, config, trained, diagnostics)
 
 
 def show(output: str) -> None:

@@ -44,7 +44,7 @@ from stylegan.training import (
     parameter_groups,
 )
 
-WATCHED = 8  # one in so many sentences of the voice is kept from the discriminator, to watch it with
+WATCHED = 8  # one in so many sentences of the voice is kept from the discriminator, to watch with
 LEAST_NAMED = 300  # sentences that name a product; with fewer, the whole voice is real
 MISMATCHED = 0.1  # of the discriminator's fakes: people's sentences of another style
 WORD_DROPOUT = 0.06
@@ -52,6 +52,7 @@ REPLAY_BUFFER = 4096  # fakes of the past
 WARM_ACCURACY = 0.75  # pair accuracy at which the warm-up ends
 PENALTY_EVERY = 4  # discriminator steps; the penalty counts so many times as much
 PENALISED = 32  # sentences of each side that the penalties are measured on
+MOST_KL = 0.3  # nats a token from the likelihood model; beyond, the game is rolled back
 SHOWN = 10  # products whose captions are kept over time
 
 
@@ -279,8 +280,8 @@ def trouble(
     """
     if controls.high_steps >= 50:
         return f"the discriminator's pair accuracy was above .9 for {controls.high_steps} steps"
-    if controls.kl > 0.25:
-        return f"KL is {controls.kl:.2f} nats per token, above .25"
+    if controls.kl > MOST_KL:
+        return f"KL is {controls.kl:.2f} nats per token, above {MOST_KL}"
     if not figures:
         return ""
     # a likelihood model that invents words is more diverse than people: no measure to keep up with

@@ -704,7 +704,8 @@ def _mark(axis: Any, events: _Rows, tick: int) -> None:
         elif kind in ("rollback", "stop"):
             number += kind == "rollback"
             label = kind if kind == "stop" else "rollback 1" if number == 1 else f"{number}"
-            axis.axvspan(snapshots[-1] if snapshots else 0, step, color=BAD, alpha=0.08, linewidth=0)
+            since = snapshots[-1] if snapshots else 0
+            axis.axvspan(since, step, color=BAD, alpha=0.08, linewidth=0)
             axis.axvline(step, color=BAD, linewidth=0.8, linestyle=(0, (3, 2)))
             axis.annotate(
                 label, (step, 1.02), xycoords=axis.get_xaxis_transform(), ha="center",
@@ -910,9 +911,11 @@ def _sentence(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         if first is None or last is None:
             return 0.0, ""
         text = f"{_figure(first)} → {_figure(last)}"
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            if old["low"] <= new["high"] and new["low"] <= old["high"]:
-                return 0.0, text
+        intervals = [value for value in (old, new) if isinstance(value, Mapping)]
+        if len(intervals) == 2 and (
+            max(i["low"] for i in intervals) <= min(i["high"] for i in intervals)
+        ):
+            return 0.0, text
         if name.startswith("distinct_2"):  # more diverse than people is no merit
             first, last = min(1.0, first), min(1.0, last)
         return last - first, text

@@ -202,7 +202,7 @@ FIRST = {
         ({}, {}, ""),
         ({"auc": 0.6, "score": 0.5, "words": 9.5}, {}, ""),
         ({}, {"high_steps": 50}, "pair accuracy was above .9"),
-        ({}, {"kl": 0.3}, "KL is 0.30"),
+        ({}, {"kl": 0.35}, "KL is 0.35"),
         ({"distinct_2": 0.8}, {}, "distinct-2 fell to 0.80"),
         ({"contradiction": 0.12}, {}, "contradictions rose"),
         ({"words": 5.0}, {}, "5.0 words long"),

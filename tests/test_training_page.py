@@ -73,6 +73,12 @@ def page_of(path: Path, **changes: Any) -> str:
     return (path / "training.html").read_text(encoding="utf-8")
 
 
+@pytest.fixture(scope="module")
+def html(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of the made-up training as it is."""
+    return page_of(tmp_path_factory.mktemp("page"))
+
+
 def diagrams(html: str) -> list[str]:
     """The light diagrams of a page, as SVG."""
     found = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', html)
@@ -85,8 +91,8 @@ def words(svg: str) -> list[str]:
     return ["".join(text.itertext()).strip() for text in texts]
 
 
-def test_the_page_tells_how_the_training_went(tmp_path: Path) -> None:
-    page = Page(page_of(tmp_path))
+def test_the_page_tells_how_the_training_went(html: str) -> None:
+    page = Page(html)
     said = " ".join(page.texts)
     assert "captions harder to tell from people's sentences" in said
     assert "0.760 → 0.700" in said
@@ -106,8 +112,7 @@ def test_the_page_tells_how_the_training_went(tmp_path: Path) -> None:
     assert {"Held-out detector, AUC", "Reward", "Verdicts"} < set(titles) & set(page.texts)
 
 
-def test_the_page_needs_nothing_else_and_runs_nothing(tmp_path: Path) -> None:
-    html = page_of(tmp_path)
+def test_the_page_needs_nothing_else_and_runs_nothing(html: str) -> None:
     page = Page(html)
     sources = [v for name, v in page.attributes if name in ("src", "href", "srcset")]
     assert sources and all(source.startswith("data:image/") for source in sources)
@@ -193,7 +198,7 @@ def test_the_verdict_claims_no_more_than_was_measured(
     tmp_path: Path, before: Any, after: Any, effect: str
 ) -> None:
     verdict = {"before": {"auc/dry": before}, "after": {"auc/dry": after}}
-    html = page_of(tmp_path, verdict=verdict)
+    html = page_of(tmp_path, verdict=verdict, rows=[], products=[])
     assert f"The adversarial stage made dry captions {effect} to tell" in html
     assert "got worse" not in html and "It cost" not in html  # nothing of that was measured
 
@@ -206,9 +211,9 @@ def test_captions_are_shown_where_they_changed(tmp_path: Path) -> None:
     samples: Rows = [{"step": step, "captions": [caption]} for step, caption in said]
 
     def shown(**changes: Any) -> list[str]:
-        texts = [text for text in Page(page_of(tmp_path, samples=samples, **changes)).texts if text]
-        start = texts.index("Red rectangle") + 1
-        return texts[start : texts.index("Before it: what the captioner learned alone")]
+        page = Page(page_of(tmp_path, samples=samples, rows=[], **changes))
+        texts = [text for text in page.texts if text]
+        return texts[texts.index("Red rectangle") + 1 : texts.index("Configuration")]
 
     # the snapshot of step 500 is delivered, what came after it is not
     beginning = ["likelihood model", "So red!", "step 200", "Red, red."]
@@ -220,8 +225,7 @@ def test_captions_are_shown_where_they_changed(tmp_path: Path) -> None:
     assert shown(events=none_better) == ["likelihood model, delivered", "So red!"]
 
 
-def test_rollbacks_are_lines_with_names(tmp_path: Path) -> None:
-    html = page_of(tmp_path)
+def test_rollbacks_are_lines_with_names(html: str) -> None:
     marked = ["rollback 1" in words(svg) for svg in diagrams(html)]
     stages = [panel.stage for panels in PANELS.values() for panel in panels]
     assert 8 < sum(marked) < stages.count("adversarial") + 1

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import re
 import subprocess
 import sys
@@ -57,10 +58,23 @@ STREET = {
 GROCERY = {"Satsumas": "satsuma", "Carrots": "carrot"}
 
 # the rest are the defaults of jobs.train
-SETTINGS = [
-    "--preset", "small", "--workers", "0", "--backbone-epochs", "24",
-    "--likelihood-steps", "4500", "--likelihood-rate", "1.5e-3",
+LIKELIHOOD = [
+    "--preset", "small", "--workers", "0", "--backbone-epochs", "24", "--likelihood-steps", "3000",
+    "--likelihood-rate", "1.5e-3", "--dropout", "0.2",
 ]  # fmt: skip
+ADVERSARIAL = ["--preset", "small", "--workers", "0", "--likelihood-steps", "0"]
+# what each part of the adversarial stage is worth: the same, shorter, with one thing changed
+SHORT = ["--adversarial-steps", "100", "--adversarial-batch", "8", "--group-size", "5"]
+ABLATIONS: dict[str, list[str]] = {
+    "all parts": [],
+    "no KL": ["--kl-target", "0"],
+    "no content reward": ["--content-weight", "0"],
+    "no replay": ["--replay-share", "0"],
+    "no likelihood": ["--likelihood-weight", "0"],
+    "minimax": ["--loss", "minimax"],
+    "non-saturating": ["--loss", "non-saturating"],
+    "hinge": ["--loss", "hinge"],
+}
 
 FIELDS = ("image", "description", "title", "type", "colour", "gender", "split")
 
@@ -168,29 +182,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("build", type=Path)
+    parser.add_argument("--encoder", help="of the detectors, see jobs.evaluate")
+    parser.add_argument("--ablations", action="store_true", help="measure them instead")
     arguments = parser.parse_args()
-    arguments.build.mkdir(parents=True, exist_ok=True)
-    data = arguments.data.resolve()
+    data, build = arguments.data.resolve(), arguments.build
+    build.mkdir(parents=True, exist_ok=True)
     for name, fields, content in (
-        ("catalog.csv", FIELDS, catalog(data, arguments.build.resolve())),
+        ("catalog.csv", FIELDS, catalog(data, build.resolve())),
         ("colloquial.csv", ("text", "tier", "source"), sentences(data)),
     ):
-        with (arguments.build / name).open("w", newline="", encoding="utf-8") as file:
+        with (build / name).open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=fields)
             writer.writeheader()
             writer.writerows(content)
-    build = arguments.build
-    here = Path(__file__).parent
-    inputs = ["--catalog", str(build / "catalog.csv")]
-    sentences_file = str(build / "colloquial.csv")
-    train = [*inputs, "--colloquial", sentences_file, "--output", str(build / "model"), *SETTINGS]
-    measure = [
-        *inputs, "--training", sentences_file, "--model", str(build / "model"),
-        "--only", "fashion/", "--real", str(data / "colloquial" / "sentences.csv"),
-        "--output", str(build / "evaluation"), "--card", str(here / "notes.md"),
-    ]  # fmt: skip
-    for job, line in (("jobs.train", train), ("jobs.evaluate", measure)):
+    catalog_file, sentences_file = str(build / "catalog.csv"), str(build / "colloquial.csv")
+    inputs = ["--catalog", catalog_file, "--colloquial", sentences_file]
+    likelihood, model = str(build / "likelihood"), str(build / "model")
+    start = [*inputs, "--start", likelihood, *ADVERSARIAL]
+
+    def run(job: str, *line: str) -> None:
         subprocess.run([sys.executable, "-m", job, *line], check=True)
+
+    if arguments.ablations:
+        told = {}
+        for name, changed in ABLATIONS.items():
+            output = build / "ablations" / name.replace(" ", "-")
+            run("jobs.train", *start, *SHORT, *changed, "--output", str(output))
+            verdict = json.loads((output / "metrics.json").read_text())["watched_while_training"]
+            told["likelihood model"] = verdict["before"]
+            told[name] = verdict["after"]
+        (build / "ablations.json").write_text(json.dumps(told, indent=2) + "\n")
+        return
+    run("jobs.train", *inputs, *LIKELIHOOD, "--adversarial-steps", "0", "--output", likelihood)
+    run("jobs.train", *start, "--output", model)
+    encoder = ["--encoder", arguments.encoder] if arguments.encoder else []
+    run(
+        "jobs.evaluate", "--catalog", catalog_file, "--training", sentences_file,
+        "--likelihood", likelihood, "--model", model, "--only", "fashion/",
+        "--real", str(data / "colloquial" / "sentences.csv"), *encoder,
+        "--output", str(build / "evaluation"), "--card", str(Path(__file__).parent / "notes.md"),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
