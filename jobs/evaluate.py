@@ -212,8 +212,10 @@ def read_text(catalog: str, training: Sequence[str], real: str) -> Text:
         for text, row in zip(known, learned, strict=True)
         if row.get("tier", "caption") == "caption" and corpora.is_sayable(text)
     ]
+    # in random order, so that either half of it is like the other
+    order = np.random.default_rng(0).permutation(len(reference))
     return Text(
-        known, voice, formal, [corpora.sentence(text) for text in reference],
+        known, voice, formal, [corpora.sentence(reference[i]) for i in order],
         others if is_held_out else known, is_held_out,
     )  # fmt: skip
 
@@ -419,7 +421,7 @@ class Yardstick:
             count_seeds = self.fine_tuned_seeds if name == "auc_fine_tuned" else len(self.seeds)
             runs = [
                 metrics.detect(people, [group[i] for i in chosen], detector, folds, seed)
-                for group, seed in list(zip(captions, self.seeds, strict=True))[:count_seeds]
+                for group, seed in zip(captions[:count_seeds], self.seeds, strict=False)
             ]
             row[name] = metrics.auc(runs)
             detections.append(runs)
@@ -722,7 +724,9 @@ def main() -> int:
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of captions and detectors"
     )
     parser.add_argument(
-        "--fine-tuned-seeds", type=int, default=1,
+        "--fine-tuned-seeds",
+        type=int,
+        default=1,
         help="of them, how many the fine-tuned detector, the slowest by far, is trained under",
     )
     parser.add_argument(

@@ -13,7 +13,7 @@ import html
 import re
 import tomllib
 import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -377,7 +377,6 @@ _ASIDE = re.compile(r"\b(with|over|under|and|or|for|your|to|of|like|any|some|oth
 
 
 SUPPORT_SHARE = 0.35  # of the pairs: sentences about what the voice itself is silent of
-LEAST_SPOKEN = 5  # sentences about a kind of product, from which on the voice speaks of it
 TRANSFER_SHARE = 0.55  # of the pairs: the praise of one product said of another
 
 
@@ -399,7 +398,8 @@ class PseudoPairs:
             for kind in concepts.head:
                 by_kind[kind].append(index)
         self.by_kind = dict(by_kind)
-        self._voiced: dict[str, tuple[list[str], np.ndarray]] = {}
+        self._kinds: list[str] = []
+        self._shares = np.zeros(0)
         self.plain: dict[str, list[str]] = {}  # nothing known: learned without a condition
         self.paired: dict[str, list[_Pair]] = {}
         self.supported: dict[str, list[_Pair]] = {}
@@ -485,17 +485,14 @@ class PseudoPairs:
     def condition(self, style: str, random: np.random.Generator) -> tuple[Example, Concepts]:
         """A product to write about, without a text, and what a caption may say of it.
 
-        Only kinds that the voice speaks of, or that what it says can be said of: about others a
-        discriminator would teach to say what is said of clothes. Kinds are drawn by the 0.7th
-        power of their numbers. There always is a description, as a
+        Kinds are drawn by the 0.7th power of their numbers. There always is a description, as a
         captioner first describes an image that has none; the image is given 17 times in 20.
         """
-        if style not in self._voiced:
-            kinds = self._spoken_of(style)
-            share = np.array([len(self.by_kind[kind]) ** 0.7 for kind in kinds])
-            self._voiced[style] = kinds, share / share.sum()
-        kinds, share = self._voiced[style]
-        members = self.by_kind[kinds[random.choice(len(kinds), p=share)]]
+        if not self._kinds:
+            self._kinds = sorted(self.by_kind)
+            share = np.array([len(self.by_kind[kind]) ** 0.7 for kind in self._kinds])
+            self._shares = share / share.sum()
+        members = self.by_kind[self._kinds[random.choice(len(self._kinds), p=self._shares)]]
         index = members[random.integers(len(members))]
         product, concepts = self.products[index], self.concepts[index]
         formal = (product.description, *product.titles)
@@ -505,15 +502,6 @@ class PseudoPairs:
         image = product.image if random.random() < 0.85 else -1
         said = lexicon().concepts(description)
         return Example("", style, description, image), said.filled_from(concepts)
-
-    def _spoken_of(self, style: str) -> list[str]:
-        """The catalogue's kinds that the voice can be heard about; all, where it names too few."""
-        counts = Counter(kind for _, kinds, _, _ in self.paired[style] for kind in kinds)
-        named = {kind for kind, count in counts.items() if count >= LEAST_SPOKEN}
-        words = lexicon()
-        spoken = named | (words.wearable if named & words.praised else set())
-        spoken |= {kind for group in words.groups if named & group for kind in group}
-        return sorted(spoken & set(self.by_kind)) or sorted(self.by_kind)
 
     def plain_example(self, style: str, random: np.random.Generator) -> Example:
         """A sentence of the style without a condition."""

@@ -574,7 +574,8 @@ def fine_tuned_detector(
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)
             model = copy.deepcopy(encoder.model).train()
-            head = nn.Linear(model.config.hidden_size, 1).to(encoder.device)
+            config: Any = model.config
+            head = nn.Linear(config.hidden_size, 1).to(encoder.device)
             optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], rate)
             steps = epochs * math.ceil(len(texts) / batch)
             fast = Process(device=encoder.device).autocast()

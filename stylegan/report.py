@@ -1018,7 +1018,7 @@ class TensorBoard:
         self._directory = directory
         self._writers: dict[str, tuple[Any, int]] = {}  # stage → writer, last step
         try:
-            from tensorboardX import event_file_writer  # type: ignore[import-untyped]
+            from tensorboardX import event_file_writer
         except ImportError as error:
             self._open: Any = None
             logging.getLogger(__name__).warning(

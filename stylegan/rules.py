@@ -16,9 +16,9 @@ FAULTS: dict[str, tuple[int, float]] = {
     "unnamed": (4, 1.0),  # its kind is not said
     "unfinished": (2, 1.0),  # cut off at the longest
     "repeated": (2, 1.0),  # three words in a row twice
-    "invented": (2, 2.0),  # a word that people do not use
+    "invented": (2, 1.0),  # a word that people do not use
     "short": (1, 0.5),  # fewer than three words
-    "ill-formed": (1, 1.0),  # "these belt are"
+    "ill-formed": (1, 0.5),  # "these belt are"
     "unsayable": (1, 1.0),  # orders, prices, bodies, sizes
     "copied": (1, 0.5),  # a sentence of the training text, with its topic hidden
 }

@@ -64,7 +64,7 @@ class TrainingConfig:
     ema_decay: float = 0.998
     report_every: int = 50
     save_every: int = 500
-    adversarial_steps: int = 240
+    adversarial_steps: int = 400
     adversarial_batch: int = 16
     group_size: int = 6
     adversarial_rate: float = 2e-4
@@ -76,7 +76,7 @@ class TrainingConfig:
     style_weight: float = 1.0
     content_weight: float = 2.0
     diversity_weight: float = 0.5
-    kl_target: float = 0.1
+    kl_target: float = 0.15
     likelihood_weight: float = 0.5
     replay_share: float = 0.25
     watched: int = 384

@@ -97,6 +97,7 @@ def test_the_whole_table(
         assert rows[name]["auc_worst"]["mean"] > 0.8
     assert rows["real (against real)"]["perplexity_ratio"]["mean"] == pytest.approx(1, abs=0.4)
     assert rows["real (against real)"]["novel"]["mean"] > 0.9
+    assert rows["real (against real)"]["auc_words"]["mean"] < 0.7
 
     assert set(found["differences"]) == {
         f"adversarial, {one} − likelihood, {other}"
@@ -109,7 +110,7 @@ def test_the_whole_table(
         captions = list(csv.DictReader(file))
     assert len(captions) == 2 * 24
     assert list(captions[0])[-11:] == [*baselines, *models]
-    assert captions[0]["rules"] and captions[0]["predicted_description"]
+    assert all(row["rules"] and "predicted_description" in row for row in captions)
 
     table = (output / "evaluation.md").read_text("utf-8")
     assert table in printed.out
