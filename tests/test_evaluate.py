@@ -95,7 +95,7 @@ def test_the_whole_table(
     for name in models:  # random weights write nonsense
         assert rows[name]["perplexity_ratio"]["low"] > 2
         assert rows[name]["auc_worst"]["mean"] > 0.8
-    assert rows["real (against real)"]["perplexity_ratio"]["mean"] == pytest.approx(1, abs=0.4)
+    assert rows["real (against real)"]["perplexity_ratio"]["mean"] == pytest.approx(1, abs=0.8)
     assert rows["real (against real)"]["novel"]["mean"] > 0.9
     assert rows["real (against real)"]["auc_words"]["mean"] < 0.7
 
