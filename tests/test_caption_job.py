@@ -139,7 +139,8 @@ def test_the_summary_counts_what_is_there(quiet: Path) -> None:
     assert set(summary["seconds_per_stage"]) == {"read", "decode", "caption", "write"}
     assert summary["bottleneck"] in summary["seconds_per_stage"]
     assert Path(path, "_SUCCESS").read_text() == summary["identity"]
-    assert os.listdir(quiet) == [Path(path).name]  # no lock
+    assert sorted(os.listdir(quiet)) == ["latest", Path(path).name]  # no lock
+    assert Path(quiet, "latest").read_text() == f"{Path(path).name}\n"
 
 
 def test_the_same_command_again_writes_nothing(
