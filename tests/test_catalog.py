@@ -21,6 +21,7 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 from pyarrow import fs
 
+from stylegan import storage
 from stylegan.catalog import (
     OUTPUT_COLUMNS,
     CatalogError,
@@ -450,7 +451,10 @@ class FlakyFileSystem(MemoryFileSystem):  # type: ignore[misc]
         return super()._open(path, mode, **options)
 
 
-def test_other_file_systems_and_retries(tmp_path: Path) -> None:
+def test_other_file_systems_and_retries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "PATIENCE_S", 2.0)
     memory = fsspec.filesystem("memory")
     memory.pipe("/shop/a.jpg", b"a")
     memory.pipe("/shop/sub/b.jpg", b"b")
