@@ -44,7 +44,7 @@ from stylegan.captioner import Caption, Captioner, Decoding
 from stylegan.catalog import read_image
 from stylegan.images import decode_image
 from stylegan.metrics import Detection, Detector, Floats, Interval
-from stylegan.report import DARK, LIGHT, THUMBNAIL, _thumbnail, model_card
+from stylegan.report import DARK, LIGHT, LINE, SOFT, THUMBNAIL, _thumbnail, model_card
 
 SAMPLES = 12  # products on the page
 MIN_PRODUCTS = 5  # as many as a detector has folds
@@ -495,7 +495,7 @@ def cell(value: Any) -> tuple[str, str]:
 
 
 def _round(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    return (f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}").replace("-", "−")
 
 
 def blocks(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[str, ...]]:
@@ -574,7 +574,6 @@ def plot_auc(rows: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    ink, soft, line = LIGHT[6:9]
     figure = Figure(figsize=(9.6, 1.2 + 0.46 * len(rows)), layout="constrained")
     FigureCanvasSVG(figure)
     axis = figure.subplots()
@@ -590,20 +589,20 @@ def plot_auc(rows: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
             means, heights, xerr=np.maximum([means - lows, highs - means], 0), fmt=marker,
             label=label, color=LIGHT[place], markersize=5, elinewidth=1.6,
         )  # fmt: skip
-    axis.axvline(0.5, color=ink, linewidth=1, linestyle=(0, (4, 3)))
-    axis.set_yticks(range(len(rows)), list(rows), color=ink)
+    axis.axvline(0.5, color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
+    axis.set_yticks(range(len(rows)), list(rows), color=SOFT)
     axis.set_ylim(len(rows) - 0.45, -0.55)
-    axis.set_xlabel("AUC: .5 cannot be told from people's text, 1 always can", color=soft)
-    axis.tick_params(axis="x", labelcolor=soft)
+    axis.set_xlabel("AUC: .5 cannot be told from people's text, 1 always can", color=SOFT)
+    axis.tick_params(axis="x", labelcolor=SOFT)
     axis.tick_params(length=0)
-    axis.grid(axis="x", color=line, linewidth=0.7)
+    axis.grid(axis="x", color=LINE, linewidth=0.7)
     axis.set_axisbelow(True)
     axis.spines[:].set_visible(False)
     figure.legend(
         loc="outside upper left",
         ncols=len(there),
         frameon=False,
-        labelcolor=soft,
+        labelcolor=SOFT,
         handletextpad=0.2,
     )
     stream = io.StringIO()

@@ -461,10 +461,10 @@ class Diagnostics:
         from stylegan.report import TensorBoard  # slow to import
 
         self.output, self.config, self.data = arguments.output, config, data
-        self.scratch = tempfile.TemporaryDirectory()
-        is_local = "://" not in self.output
-        self.folder = Path(self.output if is_local else self.scratch.name) / "tensorboard"
-        self.board, self.told, self.is_local = TensorBoard(self.folder), 0, is_local
+        self.is_local = "://" not in self.output
+        parent = self.output if self.is_local else tempfile.mkdtemp(prefix="stylegan-training-")
+        self.folder = Path(parent) / "tensorboard"
+        self.board, self.told = TensorBoard(self.folder), 0
 
     def update(self, curves: Curves, verdict: dict[str, dict[str, float]] | None = None) -> None:
         """Tells what came since the last time. verdict: when the training has ended."""
@@ -480,13 +480,14 @@ class Diagnostics:
                     name = f"tensorboard/{path.relative_to(self.folder).as_posix()}"
                     _write(self.output, name, path.read_bytes())
         products = [{**p, "image": self._picture(p["image"])} for p in curves.products]
-        page = Path(self.scratch.name) / "training.html"
-        write_training_page(
-            page, title=f"Training of {Path(self.output).name}", rows=curves.rows,
-            events=curves.events, products=products, samples=curves.samples,
-            configuration=dataclasses.asdict(self.config), verdict=verdict,
-        )  # fmt: skip
-        _write(self.output, page.name, page.read_bytes())
+        with tempfile.TemporaryDirectory() as scratch:
+            page = Path(scratch) / "training.html"
+            write_training_page(
+                page, title=f"Training of {Path(self.output).name}", rows=curves.rows,
+                events=curves.events, products=products, samples=curves.samples,
+                configuration=dataclasses.asdict(self.config), verdict=verdict,
+            )  # fmt: skip
+            _write(self.output, page.name, page.read_bytes())
 
     def _picture(self, index: int) -> bytes | None:
         if index < 0:
@@ -533,6 +534,7 @@ def publish(
         plot_curves(curves.rows, directory / "curves.png", curves.events)
         (directory / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         diagnostics.update(curves, trained.verdict)
+        diagnostics.board.close()
         for path in sorted(directory.iterdir(), key=lambda path: path.name == "metrics.json"):
             _write(arguments.output, path.name, path.read_bytes())
 
