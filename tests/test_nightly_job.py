@@ -96,7 +96,7 @@ def is_whole(output: str) -> bool:
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
-    "step", [23, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(6000)])]
+    "step", [23, pytest.param(7, marks=pytest.mark.slow)]
 )
 def test_death_after_any_write_is_mended_by_the_same_command(
     s3: str, tmp_path: Path, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch, step: int,
