@@ -268,7 +268,9 @@ def _open_source(images: str, limit: int | None) -> _Source:
         name = posixpath.basename(root)
         if is_local:
             return _listing(images, [_describe_local(name, root)])
-        return _listing(images, [(name, root, _stamp(filesystem.get_file_info(path)))])
+        if (stamp := _ask_stamp(root)) is None:
+            raise CatalogError(f"{images} cannot be reached: the storage says nothing of it")
+        return _listing(images, [(name, root, stamp)])
     opener = {"csv": _open_csv, "tsv": _open_csv, "parquet": _open_parquet}
     try:
         source = opener.get(extension[1], _open_json_lines)(images, filesystem, path, limit)
@@ -425,17 +427,17 @@ def _walk_local(folder: str, depth: int | None) -> Iterator[tuple[str, str, str]
 
 
 def _describe_local(name: str, path: str) -> tuple[str, str, str]:
-    try:
-        status = os.stat(path)
-        stamp = f"{status.st_size} {status.st_mtime_ns}"
-    except OSError:  # a broken link: a row, which fails when it is read
-        stamp = "gone"
+    uri = path
     try:
         path.encode()
     except UnicodeEncodeError:  # a name of other bytes than UTF-8 cannot be a text
         name = os.fsencode(name).decode("utf-8", "backslashreplace")
-        path = "file://" + urllib.parse.quote(os.fsencode(path))
-    return name, path, stamp
+        uri = "file://" + urllib.parse.quote(os.fsencode(path))
+    try:
+        status = os.stat(path)
+        return name, uri, _time_stamp(status.st_size, status.st_mtime_ns, uri)
+    except OSError:  # a broken link: a row, which fails when it is read
+        return name, uri, GONE
 
 
 def _walk(
@@ -451,11 +453,13 @@ def _walk(
     for info in filesystem.get_file_info(fs.FileSelector(root, recursive=depth != 0)):
         name = info.path.strip("/").removeprefix(root.strip("/")).strip("/")
         if info.type != fs.FileType.Directory and "/." not in f"/{name}":
-            yield name, f"{folder.rstrip('/')}/{name}", _stamp(info)
+            uri = f"{folder.rstrip('/')}/{name}"
+            yield name, uri, _time_stamp(info.size, info.mtime_ns, uri)
 
 
-def _stamp(info: fs.FileInfo) -> str:
-    return f"{info.size} {info.mtime_ns}"
+def _time_stamp(size: int, mtime_ns: int | None, uri: str) -> str:
+    # with the place: files that were copied together may have one time, and some of them one size
+    return f"{size} {mtime_ns} {uri}"
 
 
 def _glob_to_regex(pattern: str) -> str:
@@ -729,13 +733,14 @@ def _fetch(uri: str, shown: str) -> Fetched:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
             return Fetched(None, None, "unreadable", f"not a regular file: {shown}")
-        stamp, size = f"{status.st_size} {status.st_mtime_ns}", status.st_size
-        return _too_large(size, stamp) or Fetched(Path(path).read_bytes(), stamp)
+        stamp = _time_stamp(status.st_size, status.st_mtime_ns, uri)
+        return _too_large(status.st_size, stamp) or Fetched(Path(path).read_bytes(), stamp)
     with filesystem.open_input_file(path) as file:
         if filesystem.type_name == "s3":
             stamp = _etag_stamp(file.size(), file.metadata()["ETag"].decode())
         else:
-            stamp = _stamp(filesystem.get_file_info(path))
+            info = filesystem.get_file_info(path)
+            stamp = _time_stamp(info.size, info.mtime_ns, uri)
         return _too_large(file.size(), stamp) or Fetched(file.read(), stamp)
 
 
@@ -754,7 +759,8 @@ STAMP_THREADS: Final = 32
 
 
 def stamp_images(uris: Sequence[str | None]) -> list[str | None]:
-    """What identifies the content of each file without opening it: size and ETag, or size and time.
+    """What identifies the content of each file without opening it: size and ETag, or size, time
+    and place.
 
     "" for no image, "gone" for one that is not there, None where the storage does not say.
     """
@@ -798,7 +804,7 @@ def _ask_stamp(uri: str) -> str | None:
     try:
         if "://" not in uri:
             status = os.stat(uri)
-            return f"{status.st_size} {status.st_mtime_ns}"
+            return _time_stamp(status.st_size, status.st_mtime_ns, uri)
         return patiently(uri, lambda: _ask_store(uri))
     except (FileNotFoundError, NotADirectoryError):
         return GONE
@@ -819,7 +825,8 @@ def _ask_store(uri: str) -> str | None:
             raise
         return _etag_stamp(answer["ContentLength"], answer["ETag"])
     info = filesystem.get_file_info(path)
-    return GONE if info.type == fs.FileType.NotFound else _stamp(info)
+    is_gone = info.type == fs.FileType.NotFound
+    return GONE if is_gone else _time_stamp(info.size, info.mtime_ns, uri)
 
 
 def _list_stamps(folder: str, uris: list[str]) -> dict[str, str | None]:

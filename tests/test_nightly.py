@@ -333,6 +333,17 @@ def test_attributes_that_are_named_count(tmp_path: Path) -> None:
         plan(shop, output, scratch=tmp_path, attribute_columns=["colour"])
 
 
+def test_another_file_of_the_same_size_and_time_is_another_image(tmp_path: Path) -> None:
+    shop, output = Shop(str(tmp_path), 50), f"{tmp_path}/captions"
+    for row_id in shop.rows:
+        os.utime(tmp_path / "img" / f"{row_id}.jpg", (1, 1))
+    finish(plan(shop, output, scratch=tmp_path), output)
+    shop.rows["0001"]["image"] = "img/0002.jpg"
+    shop.images["0001"] = shop.images["0002"]
+    run = plan(shop, output, scratch=tmp_path)
+    assert finish(run, output) == ["0001"] and spoken(run) == shop.captions()
+
+
 def test_images_are_known_by_their_content_when_asked(tmp_path: Path) -> None:
     shop, output = Shop(str(tmp_path), 50), f"{tmp_path}/captions"
     settings = replace(BASE, hash_content=True)
