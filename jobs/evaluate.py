@@ -46,6 +46,7 @@ from stylegan.images import decode_image
 from stylegan.metrics import Detection, Detector, Floats, Interval
 from stylegan.report import DARK, LIGHT, LINE, SOFT, THUMBNAIL, _thumbnail, model_card
 
+REAL = "real (against real)"
 SAMPLES = 12  # products on the page
 MIN_PRODUCTS = 5  # as many as a detector has folds
 MIN_LANGUAGE = 1000  # sentences; of less a language model knows too little
@@ -212,7 +213,7 @@ def read_text(catalog: str, training: Sequence[str], real: str) -> Text:
         for text, row in zip(known, learned, strict=True)
         if row.get("tier", "caption") == "caption" and corpora.is_sayable(text)
     ]
-    # in random order, so that either half of it is like the other
+    # in random order, so that any part of it is like the rest
     order = np.random.default_rng(0).permutation(len(reference))
     return Text(
         known, voice, formal, [corpora.sentence(reference[i]) for i in order],
@@ -256,19 +257,38 @@ def rewritten(descriptions: Sequence[str], seed: int) -> list[str]:
     return sentences
 
 
-def retrieved(queries: Sequence[str], voice: Sequence[str], seed: int, near: int = 10) -> list[str]:
-    """For each description one of the `near` most similar training sentences (TF-IDF, cosine)."""
+def retrieved(
+    queries: Sequence[str], truths: Sequence[corpora.Concepts], voice: Sequence[str], seed: int,
+    near: int = 10,
+) -> list[str]:  # fmt: skip
+    """For each description one of the `near` most similar training sentences (TF-IDF, cosine),
+    among those that name the product's kind where there are any."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     vectorizer = TfidfVectorizer(token_pattern=r"[a-z][a-z'-]+", sublinear_tf=True)
     sentences = vectorizer.fit_transform(voice)
     similarity = vectorizer.transform(map(corpora.normalise, queries)) @ sentences.T
+    by_kind: dict[str, set[int]] = {}
+    for index, text in enumerate(voice):
+        for mention in corpora.lexicon().mentions(text):
+            for kind in mention.types:
+                by_kind.setdefault(kind, set()).add(index)
     random = np.random.default_rng(seed)
     chosen = []
-    for row in range(len(queries)):
-        nearest = np.argsort(-similarity[[row]].toarray()[0], kind="stable")[:near]
+    for row, truth in enumerate(truths):
+        named = sorted(set().union(*(by_kind.get(kind, set()) for kind in truth.head)))
+        options = np.array(named or range(len(voice)))
+        similar = similarity[[row]].toarray()[0][options]
+        nearest = options[np.argsort(-similar, kind="stable")[:near]]
         chosen.append(corpora.sentence(voice[random.choice(nearest)]))
     return chosen
+
+
+def halves(real: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
+    """People's sentences in two random halves, to be told from each other."""
+    order = np.random.default_rng(seed).permutation(len(real))
+    half = len(real) // 2
+    return [real[i] for i in order[:half]], [real[i] for i in order[half:]]
 
 
 # --- the models' captions -----------------------------------------------------------------------
@@ -304,13 +324,13 @@ def write_captions(
     products: Products, text: Text, seeds: Sequence[int], model: str | None, likelihood: str | None
 ) -> dict[str, System]:
     """The systems to be measured, in the order of the table."""
-    half = len(text.real) // 2
     queries = [f"{t} {d}" for t, d in zip(products.titles, products.descriptions, strict=True)]
     systems = {
-        "real (against real)": System([text.real[:half]] * len(seeds)),
+        REAL: System([halves(text.real, seed)[0] for seed in seeds]),
         "template": System([templated(products.descriptions)] * len(seeds), products.truths),
         "nearest neighbour": System(
-            [retrieved(queries, text.voice, seed) for seed in seeds], products.truths
+            [retrieved(queries, products.truths, text.voice, seed) for seed in seeds],
+            products.truths,
         ),
         "rules": System(
             [rewritten(products.descriptions, seed) for seed in seeds], products.truths
@@ -375,9 +395,11 @@ class Yardstick:
             self.detectors["auc_fine_tuned"] = (metrics.fine_tuned_detector(encoder), 3)
 
     def measure(
-        self, system: System, real: Sequence[str]
+        self, system: System, real: Sequence[Sequence[str]]
     ) -> tuple[dict[str, Any], list[list[Detection]]]:
-        """A row of the table, and what each detector saw, one detection a seed."""
+        """A row of the table, and what each detector saw, one detection a seed.
+
+        real: people's sentences, for each seed as many, for all systems the same."""
         captions, count = system.captions, len(system.captions[0])
 
         def each(figure: Any) -> Floats:
@@ -402,26 +424,32 @@ class Yardstick:
             ("vocabulary", metrics.vocabulary_size),
             ("self_bleu_4", metrics.self_bleu),
         ):
-            row[name] = metrics.relative(statistic, captions, real)
+            row[name] = metrics.relative(statistic, captions, real[0])
         row["novel"] = metrics.bootstrap(each(lambda g: metrics.is_novel(g, self.sentences)))
         row["copied_8_grams"] = metrics.bootstrap(each(lambda g: metrics.is_copied(g, self.grams)))
         invented = each(lambda g: metrics.count_invented(g, self.words))
         row["invented_words"] = metrics.bootstrap(invented[..., 0], invented[..., 1])
         row["words"] = metrics.bootstrap(each(lambda g: [len(t.split()) for t in g]))
-        row["perplexity_ratio"] = metrics.perplexity_ratio(each(self.language), self.language(real))
+        row["perplexity_ratio"] = metrics.perplexity_ratio(
+            each(self.language), self.language(real[0])
+        )
         row["colloquial"] = metrics.bootstrap(each(self.colloquial))
 
         # the same sentences and products under all seeds, so that they can be resampled as one
-        size = min(count, len(real))
+        size = min(count, len(real[0]))
         random = np.random.default_rng(0)
         chosen = random.permutation(count)[:size]
-        people = [real[i] for i in random.permutation(len(real))[:size]]
+        against = random.permutation(len(real[0]))[:size]
         detections = []
         for name, (detector, folds) in self.detectors.items():
             count_seeds = self.fine_tuned_seeds if name == "auc_fine_tuned" else len(self.seeds)
             runs = [
-                metrics.detect(people, [group[i] for i in chosen], detector, folds, seed)
-                for group, seed in zip(captions[:count_seeds], self.seeds, strict=False)
+                metrics.detect(
+                    [people[i] for i in against], [group[i] for i in chosen], detector, folds, seed
+                )
+                for people, group, seed in zip(
+                    real[:count_seeds], captions, self.seeds, strict=False
+                )
             ]
             row[name] = metrics.auc(runs)
             detections.append(runs)
@@ -457,10 +485,10 @@ def evaluate(arguments: argparse.Namespace) -> Evaluation:
         },
         products, systems=systems,
     )  # fmt: skip
-    half = len(text.real) // 2
+    everyone = [text.real] * len(seeds)
     for name, system in systems.items():
         start = time.monotonic()
-        real = text.real[half:] if system.truths is None else text.real
+        real = [halves(text.real, seed)[1] for seed in seeds] if name == REAL else everyone
         result.rows[name], result.detections[name] = yardstick.measure(system, real)
         log(f"{name}: measured in {time.monotonic() - start:.0f} s")
     for one in ("adversarial, T = 1", "adversarial, delivered, title given"):

@@ -427,6 +427,8 @@ def auc(runs: Sequence[Detection], samples: int = 1000, seed: int = 0) -> Interv
     .5 cannot tell people's text from the machine's, 1 always can. runs: one a seed, about the same
     human sentences and the same products. Only pairs that one fold's model scored are compared:
     pooling folds biases the figure (Airola et al., Computational Statistics & Data Analysis 2011).
+    The interval is of the sentences scored, not of those learned from, and so a little narrow: with
+    people's text on both sides, n 350 or 700, it held .5 in 85 of 96 splits.
     """
     return worst_auc([runs], samples, seed)
 
