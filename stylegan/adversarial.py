@@ -2,7 +2,7 @@
 
     warm-up   the discriminator alone, until it tells the likelihood model's captions from people's
     step      sample → score → discriminator phase → generator phase → mean weights → diagnostics
-    measure   now and then: a detector that neither network has met; a snapshot, or a rollback
+    measure   now and then: a detector that learns anew; a snapshot, or a rollback
 
 Text is discrete, so the discriminator's score reaches the generator as the reward of a policy
 gradient (RLOO), held near the likelihood model by an exact KL and near people by some likelihood.
@@ -198,7 +198,12 @@ def score(
 
 
 class Watch:
-    """Measures the generator with what neither network learns from: the same products each time."""
+    """Measures the generator on the same products each time, with a detector of its own.
+
+    For steering, not for claims: people's sentences are kept from the discriminator only, the
+    likelihood model has learned from them, and snapshots are chosen by these figures. Both make
+    them lower than on held-out text (`jobs.evaluate`).
+    """
 
     def __init__(
         self, human: dict[str, list[str]], pairs: PseudoPairs, tokenizer: Tokenizer, rules: Rules,
@@ -607,6 +612,7 @@ def train_adversarial(
                 samples_per_second=count * process.size / seconds,
                 minutes_left=seconds * (config.adversarial_steps - step) / 60,
             ))  # fmt: skip
+        if step % config.report_adversarial == 0:  # in every process, or the others' would grow
             sums = {}
 
         # --- snapshot, or rollback ---------------------------------------------------------------

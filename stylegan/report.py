@@ -390,7 +390,7 @@ against the others (RLOO). It is paid for style, as the discriminator hears it, 
 right product named, nothing contradicted. The exact KL divergence to the likelihood model, token by
 token, and some more likelihood training keep it near what it knew. Delivered is the exponential
 moving average of its weights, of the snapshot that did best by its faults and by a detector that
-neither network met. `training.html` tells the story step by step.
+learns anew at each measure. `training.html` tells the story step by step.
 
 `caption_score` is that discriminator's verdict on a caption, from 0 to 1: the probability that a
 person wrote the sentence, were captions and people's sentences equally frequent. It is calibrated
@@ -929,8 +929,8 @@ def _sentence(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
             effect = "harder" if rise < -0.005 else "easier" if rise > 0.005 else "no harder"
             sentences.append(
                 f"The adversarial stage made {f'{style} ' if style else ''}captions {effect} to "
-                f"tell from people's sentences: the AUC of a held-out detector is {figures} (0.5: "
-                "it cannot tell)."
+                f"tell from people's sentences: the AUC of the watching detector is {figures} "
+                "(0.5: it cannot tell), by which the snapshot was chosen."
             )
     sign = {"named": -1, "contradiction": 1, "invented": 1, "distinct_2": -1}
     paid = [
