@@ -105,16 +105,30 @@ def freeze_catalog(
     """
     if limit is not None and limit < 1:
         raise CatalogError(f"--limit is {limit}; it must be at least 1")
-    source = _open_source(images, limit)
-    if source.num_rows == 0:
-        raise CatalogError(f"{images} has no rows: there is nothing to caption")
-    columns = _Columns.choose(source, id_column, image_column, description_column, identify)
-    attributes = columns.names_of(source, attribute_columns)
-    rows = rows_per_unit or choose_rows_per_unit(source.num_rows, source.bytes_per_row)
-
     destination.mkdir(parents=True, exist_ok=True)
     if any(destination.glob("unit-*.parquet")):
         raise FileExistsError(f"{destination} already holds the units of a catalogue")
+    choice = id_column, image_column, description_column, identify
+    # a storage that fails in the middle: from the start again
+    return patiently(
+        images,
+        lambda: _freeze(images, destination, choice, limit, rows_per_unit, attribute_columns),
+    )
+
+
+def _freeze(
+    images: str, destination: Path,
+    choice: tuple[str | None, str | None, str | None, Literal["later", "stamp", "content"]],
+    limit: int | None, rows_per_unit: int | None, attribute_columns: Sequence[str],
+) -> FrozenCatalog:  # fmt: skip
+    """Leaves nothing in `destination` when it fails."""
+    source = _open_source(images, limit)
+    if source.num_rows == 0:
+        raise CatalogError(f"{images} has no rows: there is nothing to caption")
+    columns = _Columns.choose(source, *choice)
+    attributes = columns.names_of(source, attribute_columns)
+    rows = rows_per_unit or choose_rows_per_unit(source.num_rows, source.bytes_per_row)
+
     units: list[Path] = []
     digest = _Digest(columns.schema)
     id_hashes: list[npt.NDArray[np.int64]] = []

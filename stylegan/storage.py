@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 SDK_ATTEMPTS = 10  # by the libraries themselves, within about 20 s
 PATIENCE_S = 90.0  # an outage that is waited out
+PAUSE_S = 0.2  # before the first repetition
 TRIES = 4  # of one request, when the storage answers others meanwhile
 
 
@@ -103,7 +104,7 @@ def patiently(uri: str, act: Callable[[], T]) -> T:
             is_over = now - _silent.setdefault(storage, now) > PATIENCE_S
             if attempt >= TRIES and (is_over or not is_outage):
                 raise
-            time.sleep(random.uniform(0.5, 1) * min(0.2 * 2**attempt, 10))
+            time.sleep(random.uniform(0.5, 1) * min(PAUSE_S * 2**attempt, 10))
         else:
             _answered[storage] = time.monotonic()
             _silent.pop(storage, None)

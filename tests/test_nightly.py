@@ -38,6 +38,7 @@ from stylegan.parts import Settings
 from stylegan.previous import Previous, PreviousError
 from stylegan.publish import PublishError
 from stylegan.run import Run
+from stylegan.storage import patiently
 
 BASE = Settings("", "revision", ("colloquial", "formal"), 2, None, None, 0)
 
@@ -64,8 +65,12 @@ def put(uri: str, data: bytes) -> None:
     filesystem, path = resolve_filesystem(uri)
     if filesystem.type_name == "local":
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with filesystem.open_output_stream(path) as stream:
-        stream.write(data)
+
+    def write() -> None:
+        with filesystem.open_output_stream(path) as stream:
+            stream.write(data)
+
+    patiently(uri, write)
 
 
 # --- a shop, and a captioner that is a function -------------------------------------------------

@@ -147,6 +147,7 @@ def test_every_request_may_fail(
 ) -> None:
     """Once each; the libraries' own patience is little or none, to see ours."""
     monkeypatch.setattr(storage, "SDK_ATTEMPTS", 1 if kind in ("slow down", "lost") else 3)
+    monkeypatch.setattr(storage, "PAUSE_S", 0.01)
     proxy.every, proxy.kinds = True, KINDS if kind == "any" else (kind,)
     three_nights(f"{s3}/{tmp_path.name}", tmp_path, proxy)
     assert {"GetObject", "PutObject", "HeadObject", "DeleteObject", "ListObjects"} <= {
