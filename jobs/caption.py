@@ -44,6 +44,7 @@ import ray.data
 import stylegan
 from stylegan import cluster, parts, publish
 from stylegan import run as runs
+from stylegan.brand import BrandRules, BrandRulesError, term
 from stylegan.catalog import CatalogError, Fetched, fetch_image, freeze_catalog, list_stamps
 from stylegan.cluster import ClusterError, Pool
 from stylegan.images import IsolatedDecoder
@@ -60,6 +61,7 @@ WRITE_CPUS = 0.1
 # job when the restarts are used up; its tries have no limit, for a lost node uses up many at once.
 TASK_TRIES: Any = {"max_retries": 5}
 ACTOR_TRIES: Any = {"max_restarts": 5, "max_task_retries": -1}
+SCORER = "discriminator.safetensors"  # FILE of stylegan.discriminator, which imports torch
 FETCH_THREADS = 16
 FETCH_ROWS = 64  # images held as bytes by a reader at a time, and as many again on their way
 
@@ -80,6 +82,8 @@ class Config:
     temperature: float | None
     max_new_tokens: int | None
     best_of: int | None
+    rules: str | None
+    min_score: float | None
     seed: int
     limit: int | None
     batch_size: int | None
@@ -125,6 +129,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
     add("--best-of", metavar="N", type=_positive,
         help="candidates of each caption, the one with the highest score is kept; left out: the "
         "model's own")  # fmt: skip
+    add("--rules", metavar="URI", help="TOML file of brand rules: forbidden, required_columns, "
+        "min_words, max_words, min_characters, max_characters")  # fmt: skip
+    add("--min-score", metavar="F", type=_fraction,
+        help="captions with a lower score need review, 0 to 1; left out: none does")  # fmt: skip
     add("--seed", metavar="N", default=0, type=int, help="another seed draws other captions (0)")
     add("--limit", metavar="N", type=_positive, help="caption only the first N rows")
     add("--batch-size", metavar="N|auto", type=_batch_size,
@@ -321,19 +329,28 @@ class CaptionUnit:
             None if value is None else np.frombuffer(value, np.uint8).reshape(size, size, 3)
             for value in rows.column("_image_pixels").to_pylist()
         ]
+        terms = _terms(rows, settings.required_columns)
         step = self.batch_size or max(1, len(todo))
         captions: dict[tuple[int, str, int], Any] = {}
-        for style, candidate in settings.versions:
-            for start in range(0, len(todo), step):
-                batch = todo[start : start + step]
-                written = self.captioner.caption(
-                    [images[i] for i in batch],
+        for start in range(0, len(todo), step):
+            batch = todo[start : start + step]
+            encoding = self.captioner.encode(
+                [images[i] for i in batch], [descriptions[i] for i in batch]
+            )
+            for style, candidate in settings.versions:
+                written = self.captioner.write(
+                    encoding,
                     style,
-                    [descriptions[i] for i in batch],
                     [settings.row_seed(ids[i], style, candidate) for i in batch],
                     temperature=settings.temperature,
                     max_new_tokens=settings.max_new_tokens,
                     best_of=settings.best_of,
+                    rules=settings.rules,
+                    terms=[terms[i] for i in batch],
+                    min_score=settings.min_score,
+                    others=[
+                        [captions[i, style, n].text or "" for n in range(candidate)] for i in batch
+                    ],
                 )
                 for index, caption in zip(batch, written, strict=True):
                     captions[index, style, candidate] = caption
@@ -341,7 +358,17 @@ class CaptionUnit:
             rows, captions, settings,
             run_id=self.run.run_id, model_id=self.captioner.model_id,
         )  # fmt: skip
-        return {**row, "rows": _pack(part), "caption": time.perf_counter() - began}
+        reasons = Counter(why for caption in captions.values() for why in caption.review_reasons)
+        return {
+            **row, "rows": _pack(part), "caption": time.perf_counter() - began,
+            "review_reasons": json.dumps(reasons),
+        }  # fmt: skip
+
+
+def _terms(rows: pa.Table, columns: Sequence[str]) -> list[list[str]]:
+    """What the caption of each row has to say: its values in the required columns."""
+    values = rows.select(list(columns)).to_pylist() if columns else [{}] * rows.num_rows
+    return [[said for value in row.values() if (said := term(value))] for row in values]
 
 
 def write_part(row: dict[str, Any], run: Run) -> dict[str, Any]:
@@ -349,7 +376,7 @@ def write_part(row: dict[str, Any], run: Run) -> dict[str, Any]:
     began = time.perf_counter()
     rows = _unpack(row["rows"])
     seconds = {stage: row[stage] for stage in ("read", "decode", "caption")}
-    run.write_part(row["unit"], rows, seconds)
+    run.write_part(row["unit"], rows, seconds, json.loads(row["review_reasons"]))
     failed = rows.column("status").to_pylist().count("failed")
     seconds["write"] = time.perf_counter() - began
     return {"unit": row["unit"], "failed": failed // len(run.settings.versions), **seconds}
@@ -414,6 +441,10 @@ def run_job(config: Config) -> Found:
     Raises InputError, CatalogError, ClusterError (nothing was captioned), LockError, RunError.
     """
     output = _absolute_output(config.output)
+    try:
+        rules = BrandRules.read(config.rules) if config.rules else None
+    except BrandRulesError as error:
+        raise InputError(f"--rules {error}") from error
     previous = _find_previous(output, config.previous)
     model = Model.look_up(config.model, previous)
     if unknown := set(config.styles) - set(model.styles):
@@ -421,20 +452,28 @@ def run_job(config: Config) -> Found:
             f"--style {','.join(sorted(unknown))} is unknown: this model writes "
             f"{', '.join(model.styles)}"
         )
+    if config.min_score is not None and model.files and SCORER not in model.files:
+        raise InputError(
+            f"--min-score {config.min_score:g}: the model has no {SCORER}, which scores captions: "
+            "leave the flag out, or give a model whose adversarial stage was trained"
+        )
     identify: Any = "content" if config.hash_content else "stamp"
     with (scratch := tempfile.TemporaryDirectory(prefix="stylegan-")):
         catalog = freeze_catalog(
             config.images or _sample_catalog(), Path(scratch.name), id_column=config.id_column,
             image_column=config.image_column, description_column=config.description_column,
             limit=config.limit, attribute_columns=config.attribute_columns,
+            required_columns=rules.required_columns if rules else (),
             identify=identify if config.previous else "later",
         )  # fmt: skip
         settings = Settings(
             catalog.digest, model.revision, config.styles, config.captions_per_image,
             config.temperature, config.max_new_tokens, config.seed, config.best_of,
-            attribute_columns=catalog.attributes, hash_content=config.hash_content,
+            attribute_columns=tuple(dict.fromkeys(catalog.attributes + catalog.required)),
+            hash_content=config.hash_content,
             previous=f"{previous.name} {previous.identity}" if previous else None,
             retry_failed=config.retry_failed and previous is not None,
+            rules=rules, required_columns=catalog.required, min_score=config.min_score,
         )  # fmt: skip
         lock_file = runs.lock_path(output, settings)
         try:
@@ -573,6 +612,7 @@ def _complete(run: Run, config: Config, model: Model, lock: Lock) -> None:
             "statuses": dict(sorted(found.statuses.items())),
             "error_classes": dict(found.error_classes.most_common()),
             "needs_review": found.needs_review,
+            "review_reasons": dict(found.review_reasons.most_common()),
             "foreign_files": foreign,
         },
         "previous": run.settings.previous and run.settings.previous.split()[0],

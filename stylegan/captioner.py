@@ -8,7 +8,8 @@ A candidate is kept when it obeys the rules (`rules.py`): it names the product, 
 that is known of it, is sayable by a shop, has no word that people do not use and is no sentence
 of the training text; else the next one is drawn. When all fail, the one that breaks them least is
 delivered and marked for review. The discriminator scores what is delivered, and chooses where
-several candidates are asked for.
+several candidates are asked for. Brand rules (`brand.py`) are kept while a caption is written:
+a token that would complete a forbidden phrase is not drawn. They are checked on what is delivered.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -32,20 +34,23 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from stylegan import corpora
+from stylegan import brand, corpora
+from stylegan.brand import BrandRules
 from stylegan.catalog import resolve_filesystem
 from stylegan.corpora import Concepts
 from stylegan.discriminator import FILE as DISCRIMINATOR
 from stylegan.discriminator import LENGTH, Discriminator, hidden_ids, pad_ids
 from stylegan.generator import BOS, EOS, PAD, Generator
 from stylegan.images import decode_image
-from stylegan.rules import Rules, severity
+from stylegan.rules import SHOPS, Rules, severity
 
 TILE = 32  # rows of every forward pass
 SHIPPED = Path(__file__).parent / "pretrained"
 _FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
 SEEN = "training_text.safetensors"  # numbers of sentences and words, no text
 SURE = 0.9  # probability from which on a colour that was only seen may be said
+REFUSALS = 16  # tokens in a row that complete what is forbidden; then the candidate is given up
+PERSISTENCE = 4  # times as many candidates are drawn where only the shop's rules stood in the way
 
 # an image as bytes, a path, a PIL image or an array [H, W, 3] uint8; None with a description
 ImageLike = bytes | str | Path | Image.Image | np.ndarray | None
@@ -84,8 +89,9 @@ class Caption:
 
     text: the caption, null when failed. style: its style. score: the discriminator's probability
     that a person wrote it, null without one. description: the formal description given or
-    predicted. needs_review: no candidate obeyed all rules. num_generated_tokens: of the caption,
-    its end included. seed: that it was drawn from.
+    predicted. needs_review: no candidate obeyed all rules, or the score is too low. review_reasons:
+    names of the rules that it breaks (`rules.FAULTS`), "low score". num_generated_tokens: of the
+    candidate, its end included. seed: that it was drawn from.
     """
 
     text: str | None
@@ -97,6 +103,35 @@ class Caption:
     seed: int
     error_class: str | None = None
     error_message: str | None = None
+    review_reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """Images seen once, to write about in any style as often as wanted: `Captioner.encode`.
+
+    given: the descriptions that came with them. errors: number of an image → error_class and
+    error_message. features: → [I, C]. known: → description given or predicted. concepts: → what
+    may be said of it.
+    """
+
+    given: Sequence[str | None]
+    errors: dict[int, tuple[str, str]]
+    features: dict[int, Tensor]
+    known: dict[int, str]
+    concepts: dict[int, Concepts]
+
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """What a caption has to obey besides the captioner's own rules.
+
+    terms: those that it has to say. taken: what it must not say, see `brand.spoken`.
+    """
+
+    rules: BrandRules
+    terms: Sequence[str]
+    taken: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +146,14 @@ class _Generated:
 class _Candidate:
     text: str
     tokens: int
-    severity: int  # 0: obeys all rules
-    value: float  # of those that obey alike, the highest is chosen
-    score: float | None
+    faults: frozenset[str]
+    value: float = 0.0  # of those that obey alike, the highest is chosen
+    score: float | None = None
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """The lowest is chosen."""
+        return severity(self.faults), -self.value
 
 
 def model_revision(model: str | Path | None = None) -> str:
@@ -246,30 +286,32 @@ class Captioner:
         self, images: Sequence[ImageLike], style: str = "colloquial",
         descriptions: Sequence[str | None] | None = None, seed: int | Sequence[int] = 0,
         *, temperature: float | None = None, max_new_tokens: int | None = None,
-        best_of: int | None = None,
+        best_of: int | None = None, rules: BrandRules | None = None,
+        terms: Sequence[Sequence[str]] | None = None, min_score: float | None = None,
     ) -> list[Caption]:  # fmt: skip
-        """Captions of images, in order.
+        """Captions of images, in order: `encode`, then `write`.
 
         images: bytes, paths, PIL images or [H, W, 3] uint8 arrays; None where a description alone
-        is rewritten. descriptions: formal, one an image, None where it is to be predicted. seed:
-        one for all images alike, or one an image. A bad image gives a Caption with an error_class.
-        Raises ValueError for an unknown style or lengths that differ.
+        is rewritten. descriptions: formal, one an image, None where it is to be predicted. A bad
+        image gives a Caption with an error_class. Raises ValueError for an unknown style or lengths
+        that differ.
         """
-        if style not in self.styles:
-            raise ValueError(f"unknown style {style!r}: this model writes {', '.join(self.styles)}")
+        self._check_style(style)
+        return self.write(
+            self.encode(images, descriptions), style, seed, temperature=temperature,
+            max_new_tokens=max_new_tokens, best_of=best_of, rules=rules, terms=terms,
+            min_score=min_score,
+        )  # fmt: skip
+
+    def encode(
+        self, images: Sequence[ImageLike], descriptions: Sequence[str | None] | None = None
+    ) -> Encoding:
+        """Looks at images, and describes those that need it. Arguments as for `caption`."""
         given = [None] * len(images) if descriptions is None else list(descriptions)
-        seeds = [seed] * len(images) if isinstance(seed, int) else list(seed)
-        if not len(images) == len(given) == len(seeds):
+        if len(images) != len(given):
             raise ValueError(
-                f"{len(images)} images, {len(given)} descriptions and {len(seeds)} seeds: give as "
-                "many of each"
+                f"{len(images)} images, {len(given)} descriptions: give as many of each"
             )
-        decoding = replace(
-            self.decoding,
-            temperature=self.decoding.temperature if temperature is None else temperature,
-            max_new_tokens=min(max_new_tokens or self.decoding.max_new_tokens, self._longest()),
-            best_of=self.decoding.best_of if best_of is None else best_of,
-        )
         loaded = [self._load(image) for image in images]
         errors: dict[int, tuple[str, str]] = {}
         for index, image in enumerate(loaded):
@@ -291,25 +333,67 @@ class Captioner:
                 concepts[index] = concepts[index].filled_from(seen)
             else:
                 known[index], concepts[index] = text, seen
+        return Encoding(given, errors, features, known, concepts)
 
-        if style == "formal":
-            texts = {i: _Candidate(corpora.sentence(known[i]), 0, 0, 0.0, None) for i in good}
-        else:
-            texts = self._rewrite(good, style, features, known, concepts, seeds, decoding)
-        return [
-            Caption(None, style, None, given[i], False, 0, seeds[i], *errors[i])
-            if i in errors
-            else Caption(
-                texts[i].text,
-                style,
-                texts[i].score,
-                known[i],
-                texts[i].severity > 0,
-                texts[i].tokens,
-                seeds[i],
+    def write(
+        self, encoding: Encoding, style: str = "colloquial", seed: int | Sequence[int] = 0,
+        *, temperature: float | None = None, max_new_tokens: int | None = None,
+        best_of: int | None = None, rules: BrandRules | None = None,
+        terms: Sequence[Sequence[str]] | None = None, min_score: float | None = None,
+        others: Sequence[Collection[str]] | None = None,
+    ) -> list[Caption]:  # fmt: skip
+        """A caption of each image of an encoding.
+
+        seed: one for all images alike, or one an image. rules: of a brand. terms: what each caption
+        has to say, one list an image, as `rules.required_columns` of a row would give it.
+        min_score: captions with a lower score need review. others: captions of each image that
+        there are already; none of them is written again. Raises ValueError for an unknown style or
+        lengths that differ.
+        """
+        self._check_style(style)
+        count = len(encoding.given)
+        seeds = [seed] * count if isinstance(seed, int) else list(seed)
+        for name, values in (("seeds", seeds), ("lists of terms", terms), ("others", others)):
+            if values is not None and len(values) != count:
+                raise ValueError(f"{count} images, {len(values)} {name}: give as many of each")
+        decoding = replace(
+            self.decoding,
+            temperature=self.decoding.temperature if temperature is None else temperature,
+            max_new_tokens=min(max_new_tokens or self.decoding.max_new_tokens, self._longest()),
+            best_of=self.decoding.best_of if best_of is None else best_of,
+        )
+        limits = {
+            row: _Limits(
+                rules or BrandRules(),
+                terms[row] if terms else (),
+                frozenset(map(brand.spoken, others[row] if others else ())),
             )
-            for i in range(len(images))
-        ]
+            for row in encoding.known
+        }
+        if style == "formal":
+            best = {row: self._formal(text, limits[row]) for row, text in encoding.known.items()}
+        else:
+            best = self._rewrite(encoding, style, seeds, decoding, limits)
+        captions = []
+        for row, description in enumerate(encoding.given):
+            if error := encoding.errors.get(row):
+                failed = Caption(None, style, None, description, False, 0, seeds[row], *error)
+                captions.append(failed)
+                continue
+            chosen = best[row]
+            is_low = min_score is not None and chosen.score is not None and chosen.score < min_score
+            reasons = (*sorted(chosen.faults), *(["low score"] if is_low else []))
+            captions.append(
+                Caption(
+                    chosen.text, style, chosen.score, encoding.known[row], bool(reasons),
+                    chosen.tokens, seeds[row], review_reasons=reasons,
+                )
+            )  # fmt: skip
+        return captions
+
+    def _check_style(self, style: str) -> None:
+        if style not in self.styles:
+            raise ValueError(f"unknown style {style!r}: this model writes {', '.join(self.styles)}")
 
     def _longest(self) -> int:
         return int(self.generator.config.caption_length) - 1
@@ -391,37 +475,56 @@ class Captioner:
                 break
         return math.exp(sum(written.log_probabilities[:count]))
 
+    def _formal(self, description: str, limits: _Limits) -> _Candidate:
+        """The description as a sentence: there is no other, so that it may break rules."""
+        text = corpora.sentence(description)
+        faults = set(limits.rules.faults(text, limits.terms))
+        if not brand.spoken(text):
+            faults.add("short")
+        if brand.spoken(text) in limits.taken:
+            faults.add("duplicate")
+        return _Candidate(text, 0, frozenset(faults))
+
     def _rewrite(
-        self, rows: list[int], style: str, features: dict[int, Tensor], known: dict[int, str],
-        concepts: dict[int, Concepts], seeds: Sequence[int], decoding: Decoding,
+        self, encoding: Encoding, style: str, seeds: Sequence[int], decoding: Decoding,
+        limits: dict[int, _Limits],
     ) -> dict[int, _Candidate]:  # fmt: skip
         """A caption for each row: candidates are drawn until enough obey."""
         best: dict[int, _Candidate] = {}
+        rows = list(encoding.known)
         obeying = dict.fromkeys(rows, 0)
+        promising: set[int] = set()
         pending, choosing = rows, decoding.best_of > 1
-        for attempt in range(max(decoding.best_of, decoding.max_candidates)):
+        usual = max(decoding.best_of, decoding.max_candidates)
+        for attempt in range(PERSISTENCE * usual):
             for start in range(0, len(pending), TILE):
                 tile = pending[start : start + TILE]
                 streams = [
                     np.random.Generator(np.random.Philox(key=[seeds[i], attempt])) for i in tile
                 ]
-                generated = self._generate(tile, style, features, known, streams, decoding)
-                scores = self._scores([w.text for w in generated], style) if choosing else []
+                generated = self._generate(
+                    tile, style, encoding.features, encoding.known, streams, decoding, limits
+                )
+                candidates = [
+                    self._judge(written, encoding.concepts[row], limits[row])
+                    for row, written in zip(tile, generated, strict=True)
+                ]
+                scores = self._scores([c.text for c in candidates], style) if choosing else []
                 for place, (row, written) in enumerate(zip(tile, generated, strict=True)):
-                    faults = self.rules.faults(written.text, written.finished, concepts[row])
-                    score = scores[place] if scores else None
-                    likelihood = sum(written.log_probabilities) / max(1, len(written.ids))
-                    value = likelihood if score is None else score
-                    candidate = _Candidate(
-                        corpora.sentence(written.text), len(written.ids), severity(faults),
-                        value if choosing else 0.0, score,
-                    )  # fmt: skip
-                    obeying[row] += not faults
-                    if row not in best or (candidate.severity, -candidate.value) < (
-                        best[row].severity, -best[row].value,
-                    ):  # fmt: skip
+                    candidate = candidates[place]
+                    if scores:
+                        candidate = replace(candidate, value=scores[place], score=scores[place])
+                    elif choosing:
+                        likelihood = sum(written.log_probabilities) / max(1, len(written.ids))
+                        candidate = replace(candidate, value=likelihood)
+                    obeying[row] += not candidate.faults
+                    if candidate.faults and candidate.faults <= SHOPS:
+                        promising.add(row)
+                    if row not in best or candidate.rank < best[row].rank:
                         best[row] = candidate
             pending = [row for row in pending if obeying[row] < decoding.best_of]
+            if attempt >= usual - 1:
+                pending = [row for row in pending if row in promising and not obeying[row]]
         if not choosing:
             for start in range(0, len(rows), TILE):
                 tile = rows[start : start + TILE]
@@ -429,6 +532,21 @@ class Captioner:
                 for row, score in zip(tile, scores, strict=False):
                     best[row] = replace(best[row], score=score)
         return best
+
+    def _judge(self, written: _Generated, concepts: Concepts, limits: _Limits) -> _Candidate:
+        """What would be delivered of a text, and the rules that this breaks."""
+        candidates = []
+        for text, finished in _cut(written, limits):
+            printed = brand.with_terms(text, limits.terms, concepts.head)
+            faults = self.rules.faults(text, finished, concepts)
+            if faults and limits.terms:  # what the row itself says is no fault of the caption's
+                bare = brand.without_terms(text, limits.terms)
+                faults &= self.rules.faults(bare, finished, concepts)
+            faults |= limits.rules.faults(printed, limits.terms)
+            if limits.taken and brand.spoken(printed) in limits.taken:
+                faults |= {"duplicate"}
+            candidates.append(_Candidate(printed, len(written.ids), faults))
+        return min(candidates, key=lambda candidate: candidate.rank)
 
     @torch.inference_mode()
     def _scores(self, texts: Sequence[str], style: str) -> list[float]:
@@ -445,6 +563,7 @@ class Captioner:
     def _generate(
         self, rows: list[int], style: str, features: dict[int, Tensor], known: dict[int, str],
         streams: Sequence[np.random.Generator | None], decoding: Decoding,
+        limits: dict[int, _Limits] | None = None,
     ) -> list[_Generated]:  # fmt: skip
         """One tile. A row without a stream is decoded greedily, with zero noise."""
         config = self.generator.config
@@ -473,17 +592,78 @@ class Captioner:
         greedy = greedy.to(self.device)
 
         idle = torch.arange(TILE, device=self.device) >= len(rows)
-        ids_BT, scores_BT = self.generator.sample(
-            prefix, mask, lambda p, step: _draw(p, draws[:, step], greedy, decoding), longest, idle
-        )
+        watch = _Watch(self.tokenizer, [limits[row] for row in rows] if limits else [])
+
+        def choose(log_probs_BV: Tensor, step: int) -> Tensor:
+            return watch.choose(
+                log_probs_BV, lambda p_BV: _draw(p_BV, draws[:, step], greedy, decoding)
+            )
+
+        ids_BT, scores_BT = self.generator.sample(prefix, mask, choose, longest, idle)
         tokens, log_probabilities = ids_BT.tolist(), scores_BT.tolist()
         results = []
         for slot in range(len(rows)):
             ids = [token for token in tokens[slot] if token != PAD]
-            finished = bool(ids) and ids[-1] == EOS
+            finished = bool(ids) and ids[-1] == EOS and slot not in watch.given_up
             text = self.tokenizer.decode([t for t in ids if t != EOS]).strip()
             results.append(_Generated(text, ids, log_probabilities[slot][: len(ids)], finished))
         return results
+
+
+def _cut(written: _Generated, limits: _Limits) -> Iterator[tuple[str, bool]]:
+    """A text and whether it is finished; where it is too long, also its first sentences alone."""
+    yield written.text, written.finished
+    is_too_long = limits.rules.exceeds(written.text, limits.terms)
+    if limits.rules.is_length_bounded and (is_too_long or not written.finished):
+        sentences = re.findall(r"\S.*?[.!?]+(?=\s|$)", written.text)
+        for count in range(len(sentences), 0, -1):
+            yield " ".join(sentences[:count]), True
+
+
+class _Watch:
+    """Keeps brand rules while the texts of a tile are written.
+
+    Each text so far is free of forbidden phrases, as it would be printed if it ended there, and its
+    end adds nothing to it: so is each whole text. given_up: places in the tile of texts that could
+    not go on, or that are too long already.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, limits: Sequence[_Limits]) -> None:
+        self.tokenizer, self.limits = tokenizer, limits
+        self.ids: list[list[int]] = [[] for _ in limits]
+        self.open = [place for place, limit in enumerate(limits) if limit.rules.bind_early]
+        self.given_up: set[int] = set()
+
+    def choose(self, log_probs_BV: Tensor, draw: Callable[[Tensor], Tensor]) -> Tensor:
+        """The next token of each row. draw: what the rows would have, by log-probabilities."""
+        tokens_B = draw(log_probs_BV)
+        if not self.open:
+            return tokens_B
+        log_probs_BV, pending = log_probs_BV.clone(), self.open
+        for _ in range(REFUSALS):
+            tokens = tokens_B.tolist()
+            pending = [place for place in pending if not self._allows(place, tokens[place])]
+            if not pending:
+                break
+            for place in pending:
+                log_probs_BV[place, tokens[place]] = -torch.inf
+            tokens_B = draw(log_probs_BV)  # a row that was allowed gets the same again
+        self.given_up.update(pending)
+        tokens = tokens_B.tolist()
+        for place in self.open:
+            limit, text = self.limits[place], self._text([*self.ids[place], tokens[place]])
+            if place in self.given_up or limit.rules.exceeds(text, limit.terms):
+                self.given_up.add(place)
+                tokens[place] = tokens_B[place] = EOS
+            self.ids[place].append(tokens[place])
+        self.open = [place for place in self.open if tokens[place] != EOS]
+        return tokens_B
+
+    def _allows(self, place: int, token: int) -> bool:
+        return self.limits[place].rules.allows(self._text([*self.ids[place], token]))
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode([token for token in ids if token != EOS])).strip()
 
 
 def _draw(log_probs_BV: Tensor, uniform_B: Tensor, greedy_B: Tensor, decoding: Decoding) -> Tensor:

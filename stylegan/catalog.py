@@ -72,6 +72,8 @@ class FrozenCatalog:
     """Of every unit."""
     attributes: tuple[str, ...] = ()
     """The unit's names of the attribute columns asked for."""
+    required: tuple[str, ...] = ()
+    """The unit's names of the required columns asked for."""
 
 
 def choose_rows_per_unit(num_rows: int, bytes_per_row: float = 0.0) -> int:
@@ -93,6 +95,7 @@ def freeze_catalog(
     limit: int | None = None,
     rows_per_unit: int | None = None,
     attribute_columns: Sequence[str] = (),
+    required_columns: Sequence[str] = (),
     identify: Literal["later", "stamp", "content"] = "later",
 ) -> FrozenCatalog:
     """Write the units of `images` (a path or URI) as `destination/unit-00000.parquet` ….
@@ -109,10 +112,11 @@ def freeze_catalog(
     if any(destination.glob("unit-*.parquet")):
         raise FileExistsError(f"{destination} already holds the units of a catalogue")
     choice = id_column, image_column, description_column, identify
+    wanted = attribute_columns, required_columns
     # a storage that fails in the middle: from the start again
     return patiently(
         images,
-        lambda: _freeze(images, destination, choice, limit, rows_per_unit, attribute_columns),
+        lambda: _freeze(images, destination, choice, limit, rows_per_unit, *wanted),
     )
 
 
@@ -120,13 +124,15 @@ def _freeze(
     images: str, destination: Path,
     choice: tuple[str | None, str | None, str | None, Literal["later", "stamp", "content"]],
     limit: int | None, rows_per_unit: int | None, attribute_columns: Sequence[str],
+    required_columns: Sequence[str],
 ) -> FrozenCatalog:  # fmt: skip
     """Leaves nothing in `destination` when it fails."""
     source = _open_source(images, limit)
     if source.num_rows == 0:
         raise CatalogError(f"{images} has no rows: there is nothing to caption")
     columns = _Columns.choose(source, *choice)
-    attributes = columns.names_of(source, attribute_columns)
+    attributes = columns.names_of(source, attribute_columns, "--attribute-columns")
+    required = columns.names_of(source, required_columns, "required_columns of --rules")
     rows = rows_per_unit or choose_rows_per_unit(source.num_rows, source.bytes_per_row)
 
     units: list[Path] = []
@@ -155,7 +161,7 @@ def _freeze(
             unit.unlink(missing_ok=True)
         raise
     digest_ = digest.hexdigest(source.stamps)
-    return FrozenCatalog(tuple(units), seen, rows, digest_, columns.schema, attributes)
+    return FrozenCatalog(tuple(units), seen, rows, digest_, columns.schema, attributes, required)
 
 
 def _converted(source: _Source, columns: _Columns) -> Iterator[pa.RecordBatch]:
@@ -579,7 +585,7 @@ class _Columns:
         kept_ = tuple(kept)
         return cls(key, image, description, kept_, has_bytes, source.folder, schema, identify)
 
-    def names_of(self, source: _Source, wanted: Sequence[str]) -> tuple[str, ...]:
+    def names_of(self, source: _Source, wanted: Sequence[str], flag: str) -> tuple[str, ...]:
         """The names in the unit of some columns of a manifest."""
         names = dict(self.kept) | {self.id_name: "id"}
         if self.description_name is not None:
@@ -587,7 +593,7 @@ class _Columns:
         unknown = [name for name in wanted if source.folder is None or name not in names]
         if unknown:
             raise CatalogError(
-                f"{source.name} has no column {unknown[0]!r} for --attribute-columns; its columns"
+                f"{source.name} has no column {unknown[0]!r} for {flag}; its columns"
                 f" are {', '.join(map(repr, source.schema.names))}"
             )
         return tuple(names[name] for name in wanted)

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
+from stylegan.brand import BrandRules
+
 FORMAT = 1  # of the plan and the parts; a new number makes new runs instead of resuming old ones
 
 OUTPUT = pa.schema(
@@ -59,7 +61,9 @@ class Settings:
 
     attribute_columns: the unit's names of those that a caption depends on. hash_content: images are
     known by their content. previous: the run that unchanged rows are carried over from, if any.
-    retry_failed: those that failed in it are not.
+    retry_failed: those that failed in it are not. rules: of the brand, their content and not their
+    file. required_columns: the unit's names of those, all among attribute_columns. min_score: a
+    caption with a lower score needs review.
     """
 
     input_digest: str
@@ -74,6 +78,9 @@ class Settings:
     hash_content: bool = False
     previous: str | None = None
     retry_failed: bool = False
+    rules: BrandRules | None = None
+    required_columns: tuple[str, ...] = ()
+    min_score: float | None = None
 
     @property
     def identity(self) -> str:
@@ -97,6 +104,9 @@ class Settings:
         """
         decoding = [self.temperature, self.max_new_tokens, self.best_of, self.seed]
         made = [self.model_revision, style, decoding, self.hash_content, self.attribute_columns]
+        if self.rules is not None or self.min_score is not None:
+            gates = asdict(self.rules) if self.rules else None
+            made += [gates, self.required_columns, self.min_score]
         common = hashlib.sha256(json.dumps(made).encode())
 
         def digest(values: tuple[Any, ...]) -> str | None:

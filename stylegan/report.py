@@ -89,6 +89,7 @@ def write_report(filesystem: fs.FileSystem, run: str, summary: Mapping[str, Any]
         has_styles=len(summary["settings"]["styles"]) > 1,
         failures=_failures(filesystem, run, counts["error_classes"]),
         num_failed=sum(counts["error_classes"].values()),
+        review_reasons=counts.get("review_reasons", {}),
         seconds=seconds,
         total_seconds=sum(seconds.values()),
         source=summary["configuration"]["images"] or "the sample catalogue",
@@ -216,7 +217,7 @@ COLUMNS = {
     "caption_score": "the discriminator's probability that a person wrote it; null without one",
     "description": "the formal description, given or predicted from the image",
     "status": "`captioned`, `carried_over`, `locked` (a person wrote the caption) or `failed`",
-    "needs_review": "true where the captioner doubts its caption",
+    "needs_review": "true where no caption obeyed every rule, or its score is too low",
     "error_class": "why a row failed, in a few classes",
     "error_message": "the same in a sentence",
     "image_sha256": "of the image's bytes",
@@ -254,6 +255,7 @@ def data_card(summary: Mapping[str, Any]) -> str:
         "rows": f"{counts['rows']:,}",
         **{f"rows {name}": f"{count:,}" for name, count in counts["statuses"].items()},
         "rows that need review": f"{counts['needs_review']:,}",
+        **{f"for this reason: {k}": f"{n:,}" for k, n in counts.get("review_reasons", {}).items()},
         **{f"images that failed: {k}": f"{n:,}" for k, n in counts["error_classes"].items()},
     }
     made = {

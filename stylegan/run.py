@@ -61,6 +61,7 @@ class Verification:
 
     wrong: unit → what is wrong with its part. rows, images: output and input rows of right parts.
     statuses, error_classes: output rows and failed images of each. seconds: work of each stage.
+    review_reasons: output rows that need review for each reason; a row may have several.
     """
 
     wrong: dict[int, str] = field(default_factory=dict)
@@ -70,6 +71,7 @@ class Verification:
     statuses: Counter[str] = field(default_factory=Counter)
     error_classes: Counter[str] = field(default_factory=Counter)
     seconds: Counter[str] = field(default_factory=Counter)
+    review_reasons: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +130,14 @@ class Run:
         """The output rows of a unit."""
         return self._read(f"data/part-{unit:05}.parquet")
 
-    def write_part(self, unit: int, rows: pa.Table, notes: dict[str, float]) -> None:
+    def write_part(
+        self, unit: int, rows: pa.Table, notes: dict[str, float],
+        review_reasons: dict[str, int] | None = None,
+    ) -> None:  # fmt: skip
         """Writes the part of a unit, failed input rows first; a part that is there stays.
 
-        notes: seconds of each stage, kept in the file. Raises RunError when the rows are not the
-        unit's.
+        notes: seconds of each stage; review_reasons: rows that need review by reason. Both are kept
+        in the file. Raises RunError when the rows are not the unit's.
         """
         ids = rows.column("id").to_pylist()
         if ids != self._expected_ids(unit) or rows.schema != self._schema():
@@ -156,14 +161,18 @@ class Run:
             self._write(f"errors/{name}", _parquet(whole))
         elif self._exists(f"errors/{name}"):  # of an attempt that failed for another reason
             self._delete(f"errors/{name}")
-        noted = {b"stylegan": json.dumps({"run": self.run_id, "unit": unit, **notes}).encode()}
-        self._write(f"data/{name}", _parquet(rows.replace_schema_metadata(noted)))
+        noted = {"run": self.run_id, "unit": unit, **notes, "review_reasons": review_reasons or {}}
+        metadata = {b"stylegan": json.dumps(noted).encode()}
+        self._write(f"data/{name}", _parquet(rows.replace_schema_metadata(metadata)))
 
     def write_carried(self, units: Iterable[int]) -> None:
         """Writes parts of units that are carried over."""
 
         def write(unit: int) -> None:
-            self.write_part(unit, self._read(f"_plan/carried-{unit:05}.parquet"), {})
+            rows = self._read(f"_plan/carried-{unit:05}.parquet")
+            # the run that captioned them has counted the reasons
+            count = sum(map(bool, rows.column("needs_review").to_pylist()))
+            self.write_part(unit, rows, {}, {"carried over": count} if count else None)
 
         with ThreadPoolExecutor(CARRYING) as pool:
             list(pool.map(write, units))
@@ -261,6 +270,7 @@ class Run:
             found.needs_review += sum(map(bool, rows.column("needs_review").to_pylist()))
             found.statuses.update(statuses)
             found.error_classes.update(failed.values())
+            found.review_reasons.update(notes.pop("review_reasons", {}))
             found.seconds.update({k: v for k, v in notes.items() if k not in ("run", "unit")})
         return ""
 

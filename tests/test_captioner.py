@@ -3,6 +3,8 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +14,15 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoTokenizer
 
+from stylegan.brand import BrandRules, spoken
 from stylegan.captioner import (
+    Caption,
     Captioner,
     Decoding,
+    _cut,
     _Generated,
+    _Limits,
+    _Watch,
     model_revision,
     save_model,
 )  # fmt: skip
@@ -147,3 +154,129 @@ def test_a_seen_colour_is_said_only_when_the_model_is_sure(captioner: Captioner)
     unsure = replace(written, log_probabilities=[math.log(0.6), *[-0.01] * (len(ids) - 1)])
     assert captioner._colour_probability(unsure) < 0.61
     assert captioner._colour_probability(replace(written, text="watch for men.")) == 0
+
+
+# --- brand rules, styles and numbers of one encoding --------------------------------------------
+
+
+def test_a_style_more_encodes_nothing_more(
+    captioner: Captioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, seeds = noise_images(40, captioner.image_size), list(range(40))
+    expected = {
+        style: captioner.caption(images, style, seed=seeds) for style in ("formal", "colloquial")
+    }
+    tiles, features = [], captioner.generator.features
+
+    def look(batch: torch.Tensor) -> torch.Tensor:
+        tiles.append(len(batch))
+        return features(batch)
+
+    monkeypatch.setattr(captioner.generator, "features", look)
+    encoding = captioner.encode(images)
+    for style in ("formal", "colloquial", "formal"):
+        assert captioner.write(encoding, style, seeds) == expected[style]
+    assert tiles == [32, 32]
+
+
+def several(captioner: Captioner, rows: list[int], count: int) -> list[list[Caption]]:
+    """Captions of descriptions, each row drawing all its captions from one seed."""
+    encoding = captioner.encode([None] * len(rows), [f"Men's blue shirt no. {i}" for i in rows])
+    written: list[list[Caption]] = [[] for _ in rows]
+    for _ in range(count):
+        others = [[caption.text or "" for caption in captions] for captions in written]
+        for row, caption in zip(
+            written, captioner.write(encoding, seed=rows, others=others), strict=True
+        ):
+            row.append(caption)
+    return written
+
+
+def test_captions_of_an_image_differ_in_any_batch(captioner: Captioner) -> None:
+    """One seed draws the same candidates again, so that only the rejection makes them differ."""
+    together = several(captioner, list(range(40)), 2)
+    for captions in together:
+        texts = [caption.text for caption in captions]
+        assert len(set(texts)) == 2
+    assert several(captioner, [33], 2) == [together[33]]
+    assert several(captioner, list(range(40))[::-1], 2) == together[::-1]
+
+
+def test_where_there_is_no_other_caption_the_copy_needs_review(captioner: Captioner) -> None:
+    encoding = captioner.encode([None], ["Black watch for men"])
+    [first] = captioner.write(encoding, "formal")
+    [second] = captioner.write(encoding, "formal", others=[["black watch, for men!"]])
+    assert not first.needs_review and first.text == second.text
+    assert second.needs_review and second.review_reasons == ("duplicate",)
+
+
+def test_no_token_completes_a_forbidden_phrase(captioner: Captioner) -> None:
+    """Nothing of what an untrained model likes to say is said, and what is said is the row's."""
+    images, seeds = noise_images(40, captioner.image_size), list(range(40))
+    texts = [c.text or "" for c in captioner.caption(images, seed=seeds)]
+    counts = Counter(word for text in texts for word in spoken(text).split() if len(word) > 2)
+    common = [word for word, _ in counts.most_common(40)]
+    rules = BrandRules(tuple(sorted(common)))
+    written = captioner.caption(images, seed=seeds, rules=rules)
+    assert all(rules.allows(c.text or "") for c in written)
+    assert sum(a != c.text for a, c in zip(texts, written, strict=True)) > 10
+    assert captioner.caption(images[5:6], seed=[5], rules=rules) == [written[5]]
+
+
+@pytest.mark.parametrize("before", [" such a", " such-", ' "', " /", ". "])
+def test_every_spelling_of_a_forbidden_phrase_is_seen(captioner: Captioner, before: str) -> None:
+    """A phrase is spelled by each division of it into tokens that the vocabulary has."""
+    tokens = captioner.tokenizer.get_vocab()
+    word = " so-cheap"
+
+    def spellings(text: str) -> Iterator[list[int]]:
+        if not text:
+            yield []
+        for end in range(1, len(text) + 1):
+            token = tokens.get(text[:end].replace(" ", "Ġ"))
+            if token is not None:
+                for rest in spellings(text[end:]):
+                    yield [token, *rest]
+
+    start = captioner.tokenizer.encode(before, add_special_tokens=False).ids
+    rules, count = BrandRules(("so cheap",)), 0
+    for spelling in spellings(word):
+        watch = _Watch(captioner.tokenizer, [_Limits(rules, (), frozenset())])
+        liked, said = [*start, *spelling], []
+        for step in range(len(liked) + 3):
+            scores = torch.full((1, len(tokens)), -10.0)
+            scores[0, liked[min(step, len(liked) - 1)]] = 0.0
+            said += watch.choose(scores, lambda p: p.argmax(-1)).tolist()
+        assert said[: len(liked) - 1] == liked[:-1] and said != liked
+        assert rules.allows(captioner.tokenizer.decode([t for t in said if t > 2]))
+        count += 1
+    assert count > 15
+
+
+def test_what_is_too_long_is_cut_to_whole_sentences_or_is_unfinished() -> None:
+    def cut(text: str, finished: bool, rules: BrandRules, *terms: str) -> list[tuple[str, bool]]:
+        return list(_cut(_Generated(text, [], [], finished), _Limits(rules, terms, frozenset())))
+
+    text, six = "so soft a shirt. it is nice! and", BrandRules(max_words=6)
+    whole = [("so soft a shirt. it is nice!", True), ("so soft a shirt.", True)]
+    assert cut(text, False, six) == [(text, False), *whole]
+    assert cut("so soft a shirt.", True, six) == [("so soft a shirt.", True)]
+    assert cut("so soft a shirt.", True, six, "three more words")[-1] == ("so soft a shirt.", True)
+    assert cut(text, False, BrandRules(("cheap",))) == [(text, False)]
+
+
+def test_a_low_score_needs_review(captioner: Captioner) -> None:
+    images = noise_images(9, captioner.image_size)
+    plain = captioner.caption(images)
+    scores = sorted(c.score or 0 for c in plain)
+    for bound, count in ((0.0, 0), (scores[4], 4), (1.0, 9)):
+        written = captioner.caption(images, min_score=bound)
+        assert [c.text for c in written] == [c.text for c in plain]
+        assert sum("low score" in c.review_reasons for c in written) == count
+
+
+def test_as_many_of_each(captioner: Captioner) -> None:
+    with pytest.raises(ValueError, match="1 images, 2 lists of terms"):
+        captioner.caption([None], descriptions=["Watch"], terms=[["a"], ["b"]])
+    with pytest.raises(ValueError, match="1 images, 2 seeds"):
+        captioner.caption([None], descriptions=["Watch"], seed=[1, 2])

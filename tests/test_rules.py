@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from stylegan import corpora
-from stylegan.rules import CONTENT, FAULTS, Rules, penalty, severity
+from stylegan.rules import CONTENT, FAULTS, SHOPS, Rules, penalty, severity
 
 TRAINING = [
     "this navy dress is so soft and pretty.", "this red dress is so soft.", "such a handy watch!",
@@ -24,6 +24,16 @@ WATCH = corpora.lexicon().concepts("Black watch for men")
         ("A flummoxed watch, so pretty.", True, {"invented"}),
         ("Watch!", True, {"short"}),
         ("So pretty a watch so pretty a watch.", True, {"repeated"}),
+        ("So pretty, so pretty, this watch.", True, set()),
+        ("So, so handy, this watch.", True, set()),
+        ("So so so handy, this watch.", True, {"repeated"}),
+        ("The the watch is handy.", True, {"repeated"}),
+        ("A watch, watch, so handy.", True, {"repeated"}),
+        ("This watch, so pretty and so.", True, set()),
+        ("So handy and so pretty, this watch with a.", True, {"unfinished"}),
+        ("Such a handy watch and", True, {"unfinished"}),
+        ("", True, {"short", "unnamed"}),
+        (". . . !", True, {"short", "unnamed"}),
     ],
 )
 def test_faults(text: str, finished: bool, faults: set[str]) -> None:
@@ -49,3 +59,5 @@ def test_what_is_worse_costs_more() -> None:
     assert severity(["first person"]) > severity(["contradiction"]) > severity(["copied"])
     assert penalty(["contradiction", "unnamed"]) < penalty(["contradiction"]) < 0
     assert set(FAULTS) >= CONTENT
+    own = set(FAULTS) - SHOPS
+    assert all(severity([name]) > severity(own) and penalty([name]) == 0 for name in SHOPS)
