@@ -7,9 +7,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stylegan.brand import BrandRules
     from stylegan.captioner import Caption, Captioner, Decoding
 
-__all__ = ["Caption", "Captioner", "Decoding"]
+__all__ = ["BrandRules", "Caption", "Captioner", "Decoding"]
 
 
 def __getattr__(name: str) -> Any:

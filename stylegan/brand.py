@@ -51,9 +51,10 @@ def count_words(text: str) -> int:
 class BrandRules:
     """The rules. None, empty: there is no such rule.
 
-    forbidden: words of each phrase, see `spoken`; no caption has one. required_columns: columns
-    whose value each caption has, where the row has one. min_words … max_characters: of the whole
-    caption.
+    forbidden: phrases that no caption has; kept as their words (`spoken`), sorted, so that neither
+    order nor spelling makes them other rules. required_columns: columns whose value each caption
+    has, where the row has one. min_words … max_characters: of the whole caption. Raises
+    BrandRulesError for rules that no caption can obey.
     """
 
     forbidden: tuple[str, ...] = ()
@@ -82,27 +83,22 @@ class BrandRules:
 
     @classmethod
     def parse(cls, text: str) -> BrandRules:
-        """The rules in a TOML text; neither order nor spelling of phrases makes them others.
-
-        Raises BrandRulesError, or tomllib.TOMLDecodeError.
-        """
+        """The rules in a TOML text. Raises BrandRulesError, or tomllib.TOMLDecodeError."""
         given = tomllib.loads(text)
         known = [field.name for field in fields(cls)]
         if unknown := [key for key in given if key not in known]:
             raise BrandRulesError(f"{unknown[0]!r} is no rule; the rules are {', '.join(known)}")
         if not given:
             raise BrandRulesError(f"it has no rule; the rules are {', '.join(known)}")
-        for key, value in given.items():
-            _check(key, value)
-        rules = cls(
-            tuple(sorted(set(map(spoken, given.get("forbidden", ()))))),
-            tuple(dict.fromkeys(given.get("required_columns", ()))),
-            *(given.get(key) for key in known[2:]),
-        )
-        rules._refuse_contradictions()
-        return rules
+        return cls(**given)
 
-    def _refuse_contradictions(self) -> None:
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if (value := getattr(self, field.name)) != field.default:
+                _check(field.name, value)
+        object.__setattr__(self, "forbidden", tuple(sorted(set(map(spoken, self.forbidden)))))
+        columns = tuple(dict.fromkeys(self.required_columns))
+        object.__setattr__(self, "required_columns", columns)
         for unit in ("words", "characters"):
             low, high = getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")
             if low is not None and high is not None and low > high:
@@ -137,22 +133,26 @@ class BrandRules:
         return not any(f" {phrase} " in words for phrase in self.forbidden)
 
     def exceeds(self, text: str, terms: Sequence[str] = ()) -> bool:
-        """Whether a text is too long, by itself or with the terms that it has not yet."""
+        """Whether a text that is being written is too long, with the terms that it has not yet."""
         if not self.is_length_bounded:
             return False
         missing = [term for term in terms if not says(text, term)]
-        whole = " ".join([corpora.sentence(text), *missing])
-        too_many = self.max_words is not None and count_words(whole) > self.max_words
-        return too_many or (self.max_characters is not None and len(whole) > self.max_characters)
+        return self._is_too_long(" ".join([corpora.sentence(text), *missing]))
 
-    def faults(self, text: str, terms: Sequence[str] = ()) -> frozenset[str]:
+    def _is_too_long(self, printed: str) -> bool:
+        words, characters = count_words(printed), len(printed)
+        return (self.max_words is not None and words > self.max_words) or (
+            self.max_characters is not None and characters > self.max_characters
+        )
+
+    def faults(self, printed: str, terms: Sequence[str] = ()) -> frozenset[str]:
         """Names of the rules that a caption breaks. terms: what it has to say."""
-        words, characters = count_words(text), len(text)
+        words, characters = count_words(printed), len(printed)
         is_too_short = words < (self.min_words or 0) or characters < (self.min_characters or 0)
         broken = {
-            "forbidden": not self.allows(text),
-            "required": not all(says(text, term) for term in terms),
-            "length": is_too_short or self.exceeds(text),
+            "forbidden": not self.allows(printed),
+            "required": not all(says(printed, term) for term in terms),
+            "length": is_too_short or self._is_too_long(printed),
         }
         return frozenset(name for name, is_broken in broken.items() if is_broken)
 
@@ -163,7 +163,7 @@ def _check(key: str, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise BrandRulesError(f"{key} = {value!r}: give a whole number from 1 up")
         return
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list | tuple) or not value:
         raise BrandRulesError(f"{key} = {value!r}: give a list with something in it, or no {key}")
     for item in value:
         if not isinstance(item, str) or not item.strip():

@@ -371,7 +371,7 @@ class Captioner:
             for row in encoding.known
         }
         if style == "formal":
-            best = {row: self._formal(text, limits[row]) for row, text in encoding.known.items()}
+            best = {row: _formal(encoding, row, limit) for row, limit in limits.items()}
         else:
             best = self._rewrite(encoding, style, seeds, decoding, limits)
         captions = []
@@ -474,16 +474,6 @@ class Captioner:
             if len(self.tokenizer.decode(written.ids[:count]).strip()) >= ends[-1]:
                 break
         return math.exp(sum(written.log_probabilities[:count]))
-
-    def _formal(self, description: str, limits: _Limits) -> _Candidate:
-        """The description as a sentence: there is no other, so that it may break rules."""
-        text = corpora.sentence(description)
-        faults = set(limits.rules.faults(text, limits.terms))
-        if not brand.spoken(text):
-            faults.add("short")
-        if brand.spoken(text) in limits.taken:
-            faults.add("duplicate")
-        return _Candidate(text, 0, frozenset(faults))
 
     def _rewrite(
         self, encoding: Encoding, style: str, seeds: Sequence[int], decoding: Decoding,
@@ -608,6 +598,17 @@ class Captioner:
             text = self.tokenizer.decode([t for t in ids if t != EOS]).strip()
             results.append(_Generated(text, ids, log_probabilities[slot][: len(ids)], finished))
         return results
+
+
+def _formal(encoding: Encoding, row: int, limits: _Limits) -> _Candidate:
+    """The description as a sentence: there is no other, whatever rules it breaks."""
+    text = brand.with_terms(encoding.known[row], limits.terms, encoding.concepts[row].head)
+    faults = {
+        *limits.rules.faults(text, limits.terms),
+        *({"duplicate"} if brand.spoken(text) in limits.taken else ()),
+        *({"short"} if not brand.spoken(text) else ()),
+    }
+    return _Candidate(text, 0, frozenset(faults))
 
 
 def _cut(written: _Generated, limits: _Limits) -> Iterator[tuple[str, bool]]:

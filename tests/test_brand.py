@@ -24,6 +24,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     other = BrandRules.parse('max_words = 12\nrequired_columns = ["brand"]\n'
                              'forbidden = ["CHEAP", "must have"]')  # fmt: skip
     assert other == BrandRules.read(str(path))
+    assert other == BrandRules(("Must-have!", "cheap"), ("brand", "brand"), max_words=12)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,7 @@ def test_lengths_are_of_the_whole_caption() -> None:
     assert rules.faults("A b c d e.") == {"length"}
     assert rules.faults("So soft and so nice a shirt.") == {"length"}
     assert rules.faults("Extraordinarily comfortable handmade shirt.") == {"length"}
+    assert not rules.faults("This H&M shirt is so soft.")  # as it is printed
     assert rules.exceeds("so soft a shirt", ["United Colors of Benetton"])
     assert not rules.exceeds("so soft a shirt", ["soft"])
 

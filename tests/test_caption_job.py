@@ -27,7 +27,7 @@ from pyarrow import fs
 from ray.job_submission import JobSubmissionClient
 
 from jobs.caption import main, parse_arguments, run_job
-from stylegan import cluster, run
+from stylegan import brand, cluster, run
 from stylegan.catalog import resolve_filesystem
 from stylegan.cluster import ClusterError, Pool
 from stylegan.images import decode_image
@@ -284,6 +284,97 @@ def test_the_pool_leaves_room_to_read_and_write() -> None:
     ]:  # fmt: skip
         with pytest.raises(ClusterError):
             pools(nodes, actors, gpus)
+
+
+# --- quality gates ------------------------------------------------------------------------------
+
+
+def gated(shop: Path, model: Path, output: Path, rules: str, *more: str) -> list[str]:
+    output.mkdir(exist_ok=True)
+    (output / "rules.toml").write_text(rules)
+    return arguments(
+        shop, model, output, "--rules", str(output / "rules.toml"), "--limit", "50",
+        "--style", "colloquial,formal", "--captions-per-image", "3", *more,
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_quality_gates(
+    quiet: Path, shop: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = [row for row in captions(quiet) if row["status"] == "captioned"]
+    texts = [brand.spoken(row["caption"]) for row in plain]
+    common = [w for w, _ in collections.Counter(" ".join(texts).split()).most_common(30)]
+    rules = f'forbidden = {common}\nrequired_columns = ["price"]\nmax_words = 12\n'
+    line = gated(shop, tiny_model, tmp_path / "one", rules, "--min-score", "0.5")
+    assert main(line) == 0
+    rows = captions(tmp_path / "one")
+    written = [row for row in rows if row["status"] == "captioned"]
+    assert len(rows) == 50 * 6 and len(written) == 45 * 6
+    found: dict[str, set[str]] = collections.defaultdict(set)
+    for row in written:
+        if row["style"] == "colloquial":
+            assert not set(common) & set(brand.spoken(row["caption"]).split())
+            found[row["id"]].add(row["caption"])
+        is_low = row["caption_score"] is not None and row["caption_score"] < 0.5
+        breaks = is_low or len(row["caption"].split()) > 12
+        assert row["needs_review"] >= (breaks or row["price"] not in row["caption"])
+    assert len(found) == 45 and {len(texts) for texts in found.values()} == {3}
+    counts = json.loads(Path(only_run(tmp_path / "one")[1], "summary.json").read_text())["counts"]
+    assert counts["needs_review"] == sum(row["needs_review"] for row in rows)
+    reasons = counts["review_reasons"]
+    assert {"required", "duplicate", "low score", "unnamed"} <= set(reasons)
+    assert reasons["duplicate"] == 45 * 2  # a description is rewritten formally in one way only
+    assert all(0 < count <= counts["needs_review"] for count in reasons.values())
+    page = Path(only_run(tmp_path / "one")[1], "report.html").read_text()
+    assert f"required {reasons['required']}" in page
+
+    # neither batches nor actors, nor how the file is written, change anything
+    again = rules.replace("max_words = 12", f"  max_words=12\n# {'x' * 9}").upper()
+    again = re.sub(r"[A-Z_]+(?= *=)|\"PRICE\"", lambda match: match[0].lower(), again)
+    assert main([*gated(shop, tiny_model, tmp_path / "two", again, "--min-score", "0.5"),
+                 "--batch-size", "7", "--actors", "1"]) == 0  # fmt: skip
+    assert captions(tmp_path / "two") == rows
+
+    # the same rules carry everything over, others nothing that was captioned
+    capsys.readouterr()
+    night = ["--min-score", "0.5", "--previous", "latest"]
+    assert main(gated(shop, tiny_model, tmp_path / "one", again, *night)) == 0
+    assert "50 of 50 images are carried over" in capsys.readouterr().err
+    latest = (tmp_path / "one/latest").read_text().strip()
+    counts = json.loads((tmp_path / "one" / latest / "summary.json").read_text())["counts"]
+    assert counts["review_reasons"] == {"carried over": counts["needs_review"]}
+    other = rules.replace("max_words = 12", "max_words = 11")
+    planned = plan(parse_arguments(gated(shop, tiny_model, tmp_path / "one", other, *night)))
+    assert planned.changes and planned.changes["changed"] == 49 and planned.changes["locked"] == 1
+
+
+@pytest.mark.parametrize(
+    ("rules", "more", "message"),
+    [
+        ('required_columns = ["brand"]', [], "no column 'brand' for required_columns of --rules"),
+        ("min_words = 9\nmax_words = 8", [], "rules.toml: min_words = 9 is more than max_words"),
+        ("max_words = 9", ["--rules", "s3://shop/none.toml"], "s3://shop/none.toml cannot be read"),
+        ("max_words = 9", ["--min-score", "2"], "'2'"),
+        ("max_words = 9", ["--min-score", "0.2"], "the model has no discriminator.safetensors"),
+    ],
+)
+def test_gates_that_cannot_be_obeyed_end_with_code_2(
+    shop: Path, tiny_model: Path, tmp_path: Path, s3: str, rules: str, more: list[str],
+    message: str, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        shutil.copy(tiny_model / name, model)
+    (model / "model.safetensors").write_bytes(b"none that could be loaded")
+    try:
+        code = main(gated(shop, model, tmp_path / "out", rules, *more))
+    except SystemExit as error:  # argparse
+        code = error.code  # type: ignore[assignment]
+    said = capsys.readouterr().err
+    assert code == 2 and message in said.splitlines()[-1], said
+    assert os.listdir(tmp_path / "out") == ["rules.toml"]
 
 
 # --- two jobs, strange files --------------------------------------------------------------------

@@ -210,6 +210,17 @@ def test_where_there_is_no_other_caption_the_copy_needs_review(captioner: Captio
     assert second.needs_review and second.review_reasons == ("duplicate",)
 
 
+def test_a_formal_caption_says_and_breaks_what_it_must(captioner: Captioner) -> None:
+    encoding = captioner.encode([None], ["cheap blue shirt for men"])
+    rules = BrandRules(required_columns=("brand",), max_words=6)
+    [caption] = captioner.write(encoding, "formal", rules=rules, terms=[["Levi's"]])
+    assert caption.text == "Cheap blue Levi's shirt for men." and not caption.needs_review
+    for rules in (BrandRules(("cheap",)), BrandRules(max_words=5)):
+        [caption] = captioner.write(encoding, "formal", rules=rules, terms=[["Levi's"]])
+        assert caption.needs_review
+        assert caption.review_reasons == (("forbidden",) if rules.forbidden else ("length",))
+
+
 def test_no_token_completes_a_forbidden_phrase(captioner: Captioner) -> None:
     """Nothing of what an untrained model likes to say is said, and what is said is the row's."""
     images, seeds = noise_images(40, captioner.image_size), list(range(40))
