@@ -190,7 +190,7 @@ def read_text(catalog: str, training: Sequence[str], real: str) -> Text:
         and row.get("tier", "caption") == "caption"
         and row.get("source", "womens-reviews") == "womens-reviews"
         and not corpora.is_first_person(row["text"])
-        and any(m.types for m in corpora.lexicon().mentions(corpora.normalise(row["text"])))
+        and corpora.names_kind(row["text"])
     ]
     if len(reference) < 20:
         raise InputError(

@@ -71,8 +71,9 @@ DEMONSTRATION: dict[str, Any] = {
     "adversarial_steps": 120, "adversarial_rate": 3e-4, "discriminator_rate": 3e-4,
     "report_every": 100,
 }  # fmt: skip
-# a 32nd of the sentences is left out of training, to choose the weights on
-DEV_SHARE = 32
+# sentences left out of all training, to choose weights by and to watch the game with: one in so
+# many, of those that name a product more, and at least so many
+DEV_SHARE, DEV_NAMED, LEAST_DEV = 32, 8, 8
 MIN_SENTENCES = 100
 
 
@@ -249,7 +250,13 @@ def prepare(arguments: argparse.Namespace, cache: Path) -> Data:
             )
         # by what is left with the topic hidden, so that no near copy stays in training
         numbers = [corpora.sentence_hash(text) for text in texts]
-        chosen = {n for n in numbers if n % DEV_SHARE == 0} or {min(numbers)}
+        named = [
+            number
+            for text, number in zip(texts, numbers, strict=True)
+            if corpora.is_sayable(text) and corpora.names_kind(text)
+        ]
+        chosen = {n for n in numbers if n % DEV_SHARE == 0} | set(sorted(set(numbers))[:LEAST_DEV])
+        chosen |= {n for n in named if n % DEV_NAMED == 0}
         dev[style] = [text for text, n in zip(texts, numbers, strict=True) if n in chosen]
         sentences[style] = [text for text, n in zip(texts, numbers, strict=True) if n not in chosen]
         support[style] = [t for t in support[style] if corpora.sentence_hash(t) not in chosen]
@@ -370,7 +377,7 @@ def fit(
         return Trained(generator, None, tokenizer, rules, curves, None)
     discriminator = Discriminator.beside(generator).to(process.device)
     verdict = train_adversarial(
-        generator, discriminator, tokenizer, pairs, features, rules, config,
+        generator, discriminator, tokenizer, pairs, data.dev, features, rules, config,
         process=process, curves=curves, resume=resume, save=checkpoint, log=log,
     )  # fmt: skip
     return Trained(generator, discriminator, tokenizer, rules, curves, verdict)

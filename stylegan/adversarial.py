@@ -16,7 +16,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -44,11 +45,11 @@ from stylegan.training import (
     parameter_groups,
 )
 
-WATCHED = 8  # one in so many sentences of the voice is kept from the discriminator, to watch with
 LEAST_NAMED = 300  # sentences that name a product; with fewer, the whole voice is real
 MISMATCHED = 0.1  # of the discriminator's fakes: people's sentences of another style
 WORD_DROPOUT = 0.06
 REPLAY_BUFFER = 4096  # fakes of the past
+SMOOTHING = 2.0  # added to the counts of token pairs
 WARM_ACCURACY = 0.75  # pair accuracy at which the warm-up ends
 PENALTY_EVERY = 4  # discriminator steps; the penalty counts so many times as much
 PENALISED = 32  # sentences of each side that the penalties are measured on
@@ -112,6 +113,31 @@ def sibling_overlap(hidden: Sequence[Sequence[int]], size: int) -> Tensor:
             common = sum(len(own & other) for other in group) - len(own)
             shares.append(common / max(1, len(own)) / max(1, len(group) - 1))
     return torch.tensor(shares)
+
+
+def pair_counts(hidden: Iterable[Sequence[int]]) -> Counter[tuple[int, int]]:
+    """How often each two tokens follow each other in sentences."""
+    return Counter(pair for ids in hidden for pair in pairwise((BOS, *ids)))
+
+
+def matching(
+    hidden: Sequence[Sequence[int]], real: Counter[tuple[int, int]],
+    fake: Counter[tuple[int, int]],
+) -> Tensor:  # fmt: skip
+    """How much rarer a caption's token pairs are in captions than with people, [N] in nats a pair.
+
+    The mean log ratio of their frequencies among people's sentences and among late captions, each
+    count smoothed: below 0 for phrases that captions wear out, above for those they forget. A
+    discriminator judges one sentence at a time and hardly sees how often all the others say it.
+    """
+    scale = math.log(max(1, fake.total()) / max(1, real.total()))
+    worth = {
+        pair: math.log((real[pair] + SMOOTHING) / (fake[pair] + SMOOTHING)) + scale
+        for pair in {pair for ids in hidden for pair in pairwise((BOS, *ids))}
+    }
+    return torch.tensor(
+        [float(np.mean([worth[pair] for pair in pairwise((BOS, *ids))])) for ids in hidden]
+    )
 
 
 def write_captions(
@@ -200,9 +226,9 @@ def score(
 class Watch:
     """Measures the generator on the same products each time, with a detector of its own.
 
-    For steering, not for claims: people's sentences are kept from the discriminator only, the
-    likelihood model has learned from them, and snapshots are chosen by these figures. Both make
-    them lower than on held-out text (`jobs.evaluate`).
+    People's sentences are kept from all training. It is for steering, not for claims all the same:
+    snapshots are chosen by its figures, and its products are those that were trained with. Claims
+    need held-out text and photographs (`jobs.evaluate`).
     """
 
     def __init__(
@@ -312,6 +338,7 @@ def train_adversarial(
     discriminator: Discriminator,
     tokenizer: Tokenizer,
     pairs: PseudoPairs,
+    held_out: Mapping[str, Sequence[str]],
     features: Tensor,
     rules: Rules,
     config: TrainingConfig,
@@ -324,8 +351,9 @@ def train_adversarial(
 ) -> dict[str, dict[str, float]]:
     """Trains both networks against each other, in place.
 
-    generator: the likelihood model, which is also the reference of the KL. features [N, I, C]: of
-    the catalogue's photographs. Ends with the mean weights of the best snapshot, the discriminator
+    generator: the likelihood model, which is also the reference of the KL. held_out: style →
+    sentences of the voice that nothing has learned from, to watch with. features [N, I, C]: of the
+    catalogue's photographs. Ends with the mean weights of the best snapshot, the discriminator
     calibrated on sentences that it has not seen. → figures of the watch, `before` and `after`.
     Raises NonFiniteLoss.
     """
@@ -339,16 +367,18 @@ def train_adversarial(
     trained = [p for p in generator.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in trained]
 
-    # what is real: sentences of the voice that name a product, but for those kept to watch with
+    # what is real: sentences of the voice that name a product, if there are enough
     human: dict[str, list[str]] = {}
     real: dict[str, list[list[int]]] = {}
     for style in styles:
-        voice = [pair[0] for pair in pairs.paired[style]]
-        voice = voice if len(voice) >= LEAST_NAMED else pairs.plain[style]
-        watched = {t for t in voice if corpora.sentence_hash(t) % WATCHED == 1} or set(voice[:9])
-        human[style] = [text for text in voice if text in watched]
-        kept = [text for text in voice if text not in watched] or voice
-        real[style] = hidden_ids(kept, tokenizer)
+        voice = [pair.text for pair in pairs.paired[style]]
+        watched = [t for t in map(corpora.normalise, held_out[style]) if corpora.is_sayable(t)]
+        if len(voice) >= LEAST_NAMED:
+            watched = [text for text in watched if pairs.pair(text)] or watched
+        else:
+            voice = pairs.plain[style]
+        human[style], real[style] = watched or voice, hidden_ids(voice, tokenizer)
+    people_say = {style: pair_counts(sentences) for style, sentences in real.items()}
     watch = Watch(human, pairs, tokenizer, rules, features, config.watched, config.seed, styles)
     random = np.random.default_rng([config.seed, 17])
     shown = [pairs.condition(styles[i % len(styles)], random) for i in range(SHOWN)]
@@ -506,6 +536,7 @@ def train_adversarial(
         real_N = score(discriminator, people, written.style, device)
         fake_N = score(discriminator, written.hidden, written.style, device)
         by_style = torch.zeros_like(fake_N)
+        matched = torch.zeros_like(fake_N)
         accuracies, vital = [], {}
         for style in styles:
             mine = written.style == numbers[style]
@@ -513,6 +544,9 @@ def train_adversarial(
                 continue
             earned = loss.reward(fake_N[mine], real_N[mine])
             by_style[mine] = losses.whiten(earned, earned.mean(), earned.std(correction=0))
+            late = [written.hidden[i] for i in mine.nonzero().flatten().tolist()]
+            often = pair_counts([*replay[style], *late])
+            matched[mine] = matching(late, people_say[style], often).to(device)
             accuracies.append((real_N[mine][:, None] > fake_N[mine][None, :]).float().mean().item())
             vital[_named("d_real", style, styles)] = real_N[mine].sigmoid().mean().item()
             vital[_named("d_fake", style, styles)] = fake_N[mine].sigmoid().mean().item()
@@ -521,7 +555,7 @@ def train_adversarial(
         overlap = sibling_overlap(written.hidden, size).to(device)
         reward_N = (
             config.style_weight * by_style + config.content_weight * content
-            + form - config.diversity_weight * overlap
+            + form + config.matching_weight * matched - config.diversity_weight * overlap
         )  # fmt: skip
         advantage_N = losses.leave_one_out_advantages(reward_N.view(-1, size)).flatten()
         deviation = process.mean(float(advantage_N.square().mean())) ** 0.5
@@ -592,7 +626,7 @@ def train_adversarial(
         vital |= {
             "kl": kl, "reward": float(reward_N.mean()), "reward_style": float(fake_N.mean()),
             "reward_content": float(content.mean()), "reward_form": float(form.mean()),
-            "overlap": float(overlap.mean()),
+            "overlap": float(overlap.mean()), "matching": float(matched.mean()),
             "named": _share("unnamed", written.faults, False),
             "contradiction": _share("contradiction", written.faults),
             "unfinished": _share("unfinished", written.faults),

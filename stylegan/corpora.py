@@ -13,14 +13,15 @@ import html
 import re
 import tomllib
 import unicodedata
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, Final, Literal
 
 import numpy as np
+import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 _FIRST_PERSON = re.compile(
@@ -241,6 +242,26 @@ class Lexicon:
         plurals = set(_plurals(form)) - {form}
         return True if plurals & set(self.types) else None
 
+    def asides(self, text: str, mentions: Sequence[Mention]) -> list[Aside | None]:
+        """How each mention of a kind stands beside the subject, None where it may be it.
+
+        "this top is cute with jeans or leggings": jeans and leggings are worn with it. "for any
+        dress": no more than an aside either, but none that says what goes with the subject.
+        """
+        found: list[Aside | None] = []
+        last: Mention | None = None
+        for mention in mentions:
+            aside: Aside | None = None
+            if mention.types:
+                before = _BESIDE.search(text[: mention.start])
+                if before:
+                    aside = _HOW.get(before[1], "other")
+                elif last is not None and _CHAIN.fullmatch(text[last.end : mention.start]):
+                    aside = found[-1]
+                last = mention
+            found.append(aside)
+        return found
+
     def _exact(self, mention: Mention) -> frozenset[str]:
         """The kinds that a form names exactly, all that it may name when it is a loose word."""
         return frozenset(self.own.get(mention.form, mention.types))
@@ -249,15 +270,18 @@ class Lexicon:
         """(names the right kind, contradicts) for a caption and what its description says.
 
         Every concept word has to be compatible in one of its meanings; a colour, kind or gender
-        of which the description says nothing is a contradiction too: it is invented.
+        of which the description says nothing is a contradiction too: it is invented. What the
+        product can be worn with is none of them, once it is named.
         """
         named = not concepts.head
         contradicts = False
-        for mention in self.mentions(caption):
+        mentions = self.mentions(caption)
+        for mention, aside in zip(mentions, self.asides(caption, mentions), strict=True):
             allowed = False
             if mention.types:
                 named = named or bool(mention.types & concepts.head)
                 allowed = bool(mention.types & concepts.types)
+                allowed = allowed or (named and aside in ("beside", "over"))
             if mention.colours:
                 allowed = allowed or bool(mention.colours & concepts.colours)
             if mention.genders:
@@ -289,6 +313,11 @@ def lexicon() -> Lexicon:
 def has_type(text: str, kind: str) -> bool:
     """Whether the text names this kind of product."""
     return any(kind in mention.types for mention in lexicon().mentions(text))
+
+
+def names_kind(text: str) -> bool:
+    """Whether the text names a product of any kind."""
+    return any(mention.types for mention in lexicon().mentions(normalise(text)))
 
 
 def colour_family(colour: str) -> str:
@@ -344,7 +373,56 @@ class Example:
     image: int = -1
 
 
-_Pair = tuple[str, tuple[str, ...], Concepts, Mention]  # text, its kinds, what it says, its noun
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """A sentence, the kinds of the catalogue that it names, what it says of the product, its noun,
+    and all kinds that it can be said of."""
+
+    text: str
+    kinds: tuple[str, ...]
+    said: Concepts
+    main: Mention
+    targets: frozenset[str]
+
+
+def couple(
+    sentences: Mapping[frozenset[str], int], kinds: Mapping[str, int]
+) -> dict[frozenset[str], npt.NDArray[np.float64]]:
+    """Of which kind a sentence is said: cumulative probabilities of its kinds, in sorted order.
+
+    sentences: how many can be said of just these kinds. kinds: how frequent each is. Every sentence
+    is said equally often, and every kind is spoken of as often as it is frequent, or as nearly as
+    the sentences allow (Sinkhorn's iteration for the transport plan of the highest entropy).
+    """
+    sets = sorted(sentences, key=sorted)
+    names = sorted(set().union(*sets))
+    plan = np.array([[float(name in kinds_) for name in names] for kinds_ in sets])
+    plan = plan.reshape(len(sets), len(names))
+    weights = np.array([sentences[kinds_] for kinds_ in sets], float)
+    wanted = np.array([kinds[name] for name in names], float)
+    wanted *= weights.sum() / max(1.0, wanted.sum())
+    for _ in range(200):
+        plan *= wanted / np.maximum(plan.sum(0), 1e-12)
+        plan *= (weights / np.maximum(plan.sum(1), 1e-12))[:, None]
+    chances = {}
+    for kinds_, row in zip(sets, plan, strict=True):
+        share = row[[names.index(name) for name in sorted(kinds_)]]
+        chances[kinds_] = np.cumsum(share / share.sum())
+    return chances
+
+
+def _is_many(form: str) -> bool:
+    return form.endswith("s") and not form.endswith("ss")
+
+
+def _said_of(pair: _Pair, kind: str) -> str:
+    """The sentence with another kind in the place of its own; verbs and articles follow."""
+    before: str | None = pair.text[: pair.main.start]
+    after = pair.text[pair.main.end :]
+    if _is_many(kind) and not _is_many(pair.main.form):
+        before, after = _to_plural(pair.text[: pair.main.start], after)
+    article = "an " if kind[0] in "aeiou" else "a "
+    return re.sub(r"\b(a|an) $", article, before or "") + kind + after
 
 
 def _to_plural(before: str, after: str) -> tuple[str | None, str]:
@@ -373,11 +451,19 @@ def _to_plural(before: str, after: str) -> tuple[str | None, str]:
     return (before if re.fullmatch(words, before) else None), after
 
 
-_ASIDE = re.compile(r"\b(with|over|under|and|or|for|your|to|of|like|any|some|other)\s+(\w+\s+)?$")
+Aside = Literal["beside", "over", "other"]
+# "with your favourite jeans", but not "with this top", "of these jeans"
+_BESIDE = re.compile(
+    r"\b(with|over|under|underneath|beneath|like|than|to|for|your|any|some|other|without)"
+    r" (?:(?!(?:this|these|the|it|its|it's|is|are)\b)[\w'-]+ ){0,3}$"
+)
+_HOW: Final[dict[str, Aside]] = {
+    "with": "beside", "over": "over", "under": "over", "underneath": "over", "beneath": "over",
+}  # fmt: skip
+_CHAIN = re.compile(r"(,| and| or|, and|, or) (?:(?!(?:this|these|the|it)\b)[\w'-]+ ){0,2}")
 
-
-SUPPORT_SHARE = 0.35  # of the pairs: sentences about what the voice itself is silent of
-TRANSFER_SHARE = 0.55  # of the pairs: the praise of one product said of another
+SUPPORT_SHARE = 0.08  # of the pairs: support, about kinds that the voice speaks of itself
+LONGEST_PRAISE = 16  # words of a sentence that is said of another kind
 
 
 class PseudoPairs:
@@ -385,6 +471,11 @@ class PseudoPairs:
 
     products: the training catalogue. sentences: style → sentences, of which those are taken that a
     shop could print. support: more of them, of a style, about products that the voice is silent of.
+
+    A sentence can be said of the kinds that it names, and its praise of others ("this dress is
+    gorgeous" of a watch). Which it is said of is drawn so that every sentence is drawn equally
+    often, and every kind as often as the catalogue has it, as far as that goes (`couple`). A model
+    that learned only what is short and general of some kinds would be told from people by that.
     """
 
     def __init__(
@@ -398,42 +489,93 @@ class PseudoPairs:
             for kind in concepts.head:
                 by_kind[kind].append(index)
         self.by_kind = dict(by_kind)
-        self._kinds: list[str] = []
-        self._shares = np.zeros(0)
         self.plain: dict[str, list[str]] = {}  # nothing known: learned without a condition
         self.paired: dict[str, list[_Pair]] = {}
         self.supported: dict[str, list[_Pair]] = {}
+        self._chances: dict[str, dict[frozenset[str], npt.NDArray[np.float64]]] = {}
+        self._spoken: dict[str, tuple[list[str], npt.NDArray[np.float64]]] = {}
+        self._silent: dict[str, tuple[float, list[_Pair]]] = {}
         for style, texts in sentences.items():
             usable = [text for text in map(normalise, texts) if is_sayable(text)]
             more = [normalise(t) for t in (support or {}).get(style, []) if is_sayable(t)]
-            self.plain[style] = usable + more
-            self.paired[style] = [pair for pair in map(self._pair, usable) if pair is not None]
-            self.supported[style] = [pair for pair in map(self._pair, more) if pair is not None]
+            self.plain[style] = usable
+            self.paired[style] = [pair for pair in map(self.pair, usable) if pair is not None]
+            self.supported[style] = [pair for pair in map(self.pair, more) if pair is not None]
+            self._chances[style] = couple(
+                Counter(pair.targets for pair in self.paired[style]),
+                {kind: len(members) for kind, members in self.by_kind.items()},
+            )
+            spoken = sorted({k for targets in self._chances[style] for k in targets})
+            kinds = spoken or sorted(self.by_kind)
+            counts = np.array([len(self.by_kind[kind]) for kind in kinds], float)
+            self._spoken[style] = kinds, counts / counts.sum()
+            silent = [p for p in self.supported[style] if not set(p.kinds) & set(spoken)]
+            unspoken = {kind for pair in silent for kind in pair.kinds}
+            members = sum(len(self.by_kind[kind]) for kind in unspoken)
+            self._silent[style] = members / max(1.0, members + counts.sum()), silent
 
-    def _pair(self, text: str) -> _Pair | None:
+    def pair(self, text: str) -> _Pair | None:
         """The sentence with the kinds it can be about; None when it names none, or two."""
         mentions = lexicon().mentions(text)
-        kinds = [m for m in mentions if m.types and not (m.colours and m is not mentions[-1])]
-        main = next((m for m in kinds if not _ASIDE.search(text[: m.start])), None)
-        if main is None or any(not (m.types & main.types) for m in kinds):
+        asides = lexicon().asides(text, mentions)
+        main: Mention | None = None
+        worn_with: frozenset[str] = frozenset()
+        for mention, aside in zip(mentions, asides, strict=True):
+            if not mention.types or (mention.colours and mention is not mentions[-1]):
+                continue
+            if aside in ("beside", "over"):
+                worn_with |= mention.types
+            elif main is None and aside is None:
+                main = mention
+            elif main is None or not mention.types & main.types:
+                return None
+        if main is None:
             return None
         available = tuple(sorted(kind for kind in main.types if kind in self.by_kind))
         if not available:
             return None
         colours = frozenset().union(*(m.colours for m in mentions if m is not main))
         genders = frozenset().union(*(m.genders for m in mentions))
-        return text, available, Concepts(main.types, main.types, colours, genders), main
+        concepts = Concepts(main.types, main.types, colours, genders)
+        others = self._others(text, available, main, "over" in asides) - worn_with
+        return _Pair(text, available, concepts, main, frozenset(available) | others)
+
+    def _others(
+        self, text: str, kinds: Sequence[str], main: Mention, is_layered: bool
+    ) -> frozenset[str]:
+        """The kinds that the sentence does not name, and can be said of all the same."""
+        words, others = lexicon(), set[str]()
+        if is_layered or words.garment_words.search(text):  # only what is worn in the same place
+            if not words.specific_words.search(text):
+                for group in words.groups:
+                    others |= group if set(kinds) & group else set()
+        elif set(kinds) & words.praised and len(text.split()) <= LONGEST_PRAISE:
+            others |= words.wearable
+        many = _to_plural(text[: main.start], text[main.end :])[0] is not None
+        from_many = _is_many(main.form)
+        return frozenset(
+            kind
+            for kind in others
+            if kind in self.by_kind and (not from_many if not _is_many(kind) else from_many or many)
+        )
 
     def paired_example(self, style: str, random: np.random.Generator) -> Example:
         """A sentence, the description of a product with its concepts, perhaps the photograph."""
-        pairs = self.paired[style]
-        if self.supported[style] and (not pairs or random.random() < SUPPORT_SHARE):
+        pairs, (silent, unspoken) = self.paired[style], self._silent[style]
+        chance = random.random()
+        if unspoken and chance < silent:
+            pairs = unspoken
+        elif self.supported[style] and (not pairs or chance < silent + SUPPORT_SHARE):
             pairs = self.supported[style]
-        text, kinds, said, main = pairs[random.integers(len(pairs))]
-        kind = kinds[random.integers(len(kinds))]
-        if random.random() < TRANSFER_SHARE:
-            text, kind = self._transferred(text, kind, main, random)
-        members = self.by_kind[kind]
+        pair = pairs[random.integers(len(pairs))]
+        if pairs is self.paired[style]:
+            kinds = sorted(pair.targets)
+            share = self._chances[style][pair.targets]
+            kind = kinds[int(np.searchsorted(share, random.random(), side="right"))]
+            text = pair.text if kind in pair.kinds else _said_of(pair, kind)
+        else:
+            text, kind = pair.text, pair.kinds[random.integers(len(pair.kinds))]
+        said, members = pair.said, self.by_kind[kind]
         for _ in range(30):
             index = members[random.integers(len(members))]
             concepts = self.concepts[index]
@@ -450,49 +592,18 @@ class PseudoPairs:
                 description = product.description
             return Example(text, style, description, product.image if random.random() < 0.5 else -1)
         # no product has this colour: the concepts themselves are the description
-        words = sorted({m.form for m in lexicon().mentions(text) if m.colours and m is not main})
+        words = sorted({m.form for m in lexicon().mentions(text) if m.colours})
         return Example(text, style, formal_description(kind, " ".join(words), ""))
-
-    def _transferred(
-        self, text: str, kind: str, main: Mention, random: np.random.Generator
-    ) -> tuple[str, str]:
-        """The same praise of another kind of garment or accessory, where it can be said of both."""
-        words = lexicon()
-        if words.garment_words.search(text):  # only what is worn in the same place
-            near = [g for g in words.groups if kind in g and not words.specific_words.search(text)]
-            targets = [k for k in self.by_kind if any(k in group for group in near)]
-        else:
-            general = kind in words.praised and len(text.split()) <= 12
-            targets = [k for k in self.by_kind if general and k in words.wearable]
-        if not targets:
-            return text, kind
-        share = np.sqrt([len(self.by_kind[k]) for k in targets])
-        target = targets[random.choice(len(targets), p=share / share.sum())]
-        before: str | None = text[: main.start]
-        after = text[main.end :]
-        is_plural, to_plural = (
-            form.endswith("s") and not form.endswith("ss") for form in (main.form, target)
-        )
-        if to_plural and not is_plural:
-            before, after = _to_plural(text[: main.start], after)
-        elif is_plural and not to_plural:
-            return text, kind
-        if before is None:
-            return text, kind
-        before = re.sub(r"\b(a|an) $", "an " if target[0] in "aeiou" else "a ", before)
-        return before + target + after, target
 
     def condition(self, style: str, random: np.random.Generator) -> tuple[Example, Concepts]:
         """A product to write about, without a text, and what a caption may say of it.
 
-        Kinds are drawn by the 0.7th power of their numbers. There always is a description, as a
-        captioner first describes an image that has none; the image is given 17 times in 20.
+        Of a kind that the voice can speak of, as frequent as in the catalogue. There always is a
+        description, as a captioner first describes an image that has none; the image is given 17
+        times in 20.
         """
-        if not self._kinds:
-            self._kinds = sorted(self.by_kind)
-            share = np.array([len(self.by_kind[kind]) ** 0.7 for kind in self._kinds])
-            self._shares = share / share.sum()
-        members = self.by_kind[self._kinds[random.choice(len(self._kinds), p=self._shares)]]
+        kinds, shares = self._spoken[style]
+        members = self.by_kind[kinds[random.choice(len(kinds), p=shares)]]
         index = members[random.integers(len(members))]
         product, concepts = self.products[index], self.concepts[index]
         formal = (product.description, *product.titles)

@@ -41,8 +41,8 @@ class TrainingConfig:
     The adversarial stage: adversarial_batch products a step, all processes together, group_size
     captions of each. adversarial_rate, discriminator_rate: AdamW's. adversarial_decay: of the mean
     weights. warmup_steps: of the discriminator alone, at most. loss: a name in losses.LOSSES.
-    penalty: weight of R1 and R2. style_weight, content_weight, diversity_weight: of the reward's
-    parts. kl_target: nats a token from the likelihood model, 0 for no such bound.
+    penalty: weight of R1 and R2. style_weight, content_weight, diversity_weight, matching_weight:
+    of the reward's parts. kl_target: nats a token from the likelihood model, 0 for no such bound.
     likelihood_weight: of nats a token on pseudo-pairs. replay_share: of the discriminator's fakes
     that are old. watched: captions of each measure. micro_batch: captions of one backward pass,
     0 for all; gradients add up to the same. report_adversarial, measure_every, save_adversarial:
@@ -76,10 +76,11 @@ class TrainingConfig:
     style_weight: float = 1.0
     content_weight: float = 2.0
     diversity_weight: float = 0.5
+    matching_weight: float = 1.0
     kl_target: float = 0.15
     likelihood_weight: float = 0.5
     replay_share: float = 0.25
-    watched: int = 384
+    watched: int = 512
     micro_batch: int = 0
     report_adversarial: int = 10
     measure_every: int = 25
@@ -460,7 +461,7 @@ def draw_examples(
     progress: 0 to 1. Formal descriptions of photographs are a fifth throughout.
     """
     share_background = 0.5 * max(0.0, 1 - progress / 0.6) if background else 0.0
-    share_plain = 0.25 * (1 - progress)
+    share_plain = 0.1 + 0.15 * (1 - progress)
     styles = [style for style in pairs.plain]
     examples = []
     for _ in range(count):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,7 +18,10 @@ import torch.multiprocessing as mp
 
 from stylegan import corpora
 from stylegan.adversarial import (
+    SMOOTHING,
     Controls,
+    matching,
+    pair_counts,
     quality,
     seesaw,
     sibling_overlap,
@@ -82,9 +86,10 @@ def play(
     networks: Networks, config: TrainingConfig, pairs: PseudoPairs | None = None, **more: Any
 ) -> tuple[Generator, Discriminator, dict[str, dict[str, float]], Curves]:
     generator, discriminator = fresh(networks)
-    curves = Curves()
+    curves, pairs = Curves(), pairs or networks[2]
+    held_out = {style: texts[::2] for style, texts in pairs.plain.items()}
     verdict = train_adversarial(
-        generator, discriminator, networks[1], pairs or networks[2], networks[3], Rules(), config,
+        generator, discriminator, networks[1], pairs, held_out, networks[3], Rules(), config,
         process=Process(), curves=curves, log=lambda line: None, **more,
     )  # fmt: skip
     return generator, discriminator, verdict, curves
@@ -120,6 +125,18 @@ def test_the_generator_learns_the_voice_from_plain_sentences(likelihood_model: N
     assert verdict["after"]["auc"] < verdict["before"]["auc"]
 
 
+def test_worn_out_phrases_cost_and_forgotten_ones_pay() -> None:
+    people = pair_counts([[5, 6]] * 8 + [[7, 8]] * 8)
+    captions = pair_counts([[5, 6]] * 14 + [[7, 8]] * 2)
+    worn, forgotten = matching([[5, 6], [7, 8]], people, captions).tolist()
+    assert worn == pytest.approx(math.log((8 + SMOOTHING) / (14 + SMOOTHING)))
+    assert forgotten == pytest.approx(math.log((8 + SMOOTHING) / (2 + SMOOTHING)))
+    # numbers of sentences do not matter, and what neither says is worth nothing
+    assert matching([[9, 9]], people, people).tolist() == [0.0]
+    twice = pair_counts([[5, 6]] * 1600 + [[7, 8]] * 1600)
+    assert matching([[5, 6]], people, twice).item() == pytest.approx(0.22, abs=0.01)
+
+
 def test_micro_batches_add_up_to_the_same_step(likelihood_model: Networks) -> None:
     whole, _, _, _ = play(likelihood_model, replace(CONFIG, measure_every=99))
     parts, _, _, _ = play(likelihood_model, replace(CONFIG, measure_every=99, micro_batch=5))
@@ -144,8 +161,9 @@ def test_two_voices_are_told_apart_and_reported_apart(likelihood_model: Networks
     curves = Curves()
     verdict = train_adversarial(
         generator, Discriminator.beside(generator), likelihood_model[1], pairs,
-        likelihood_model[3], Rules(), replace(CONFIG, adversarial_steps=4), process=Process(),
-        curves=curves, log=lambda line: None,
+        {"colloquial": SENTENCES[:72:2], "humorous": SENTENCES[72::2]}, likelihood_model[3],
+        Rules(), replace(CONFIG, adversarial_steps=4), process=Process(), curves=curves,
+        log=lambda line: None,
     )  # fmt: skip
     assert {"auc/colloquial", "auc/humorous", "named/humorous"} <= set(verdict["after"])
     row = next(row for row in curves.rows if row["stage"] == "adversarial")
@@ -160,8 +178,8 @@ def test_a_game_that_runs_away_is_rolled_back_and_stopped(likelihood_model: Netw
     generator, discriminator = fresh(likelihood_model)
     curves = Curves()
     train_adversarial(
-        generator, discriminator, *likelihood_model[1:], Rules(), config, process=Process(),
-        curves=curves, log=lines.append,
+        generator, discriminator, *likelihood_model[1:3], {"colloquial": SENTENCES[::2]},
+        likelihood_model[3], Rules(), config, process=Process(), curves=curves, log=lines.append,
     )  # fmt: skip
     kinds = [event["kind"] for event in curves.events]
     assert kinds.count("rollback") == 3 and kinds.count("stop") == 1
@@ -239,7 +257,7 @@ def _rank(rank: int, size: int, port: int, directory: str, weights: Any) -> None
 
     train_adversarial(
         generator, discriminator, tokenizer, PseudoPairs(products(), {"colloquial": SENTENCES}),
-        torch.zeros(1, config.image_length, 64), Rules(),
+        {"colloquial": SENTENCES[::2]}, torch.zeros(1, config.image_length, 64), Rules(),
         replace(CONFIG, save_adversarial=1, measure_every=2), process=Process.current(),
         curves=Curves(), save=save, log=lambda line: None,
     )  # fmt: skip

@@ -92,6 +92,11 @@ def test_description_concepts_take_the_last_noun_as_head() -> None:
         ("Top notch shirt.", "Blue shirt", True, False),
         ("Ripe orange, so juicy.", "Orange", True, False),
         ("Dresses up any table, what an apple.", "Royal gala apple", True, False),
+        ("A shirt that is great with jeans or leggings.", "Blue shirt", True, False),
+        ("This shirt is fun over your favourite shorts.", "Blue shirt", True, False),
+        ("So cute with jeans.", "Blue shirt", False, True),
+        ("This shirt and these jeans are so soft.", "Blue shirt", True, True),
+        ("Shirt lovers will like this pair of jeans.", "Blue shirt", True, True),
     ],
 )
 def test_verdict(caption: str, description: str, named: bool, contradicts: bool) -> None:
@@ -163,6 +168,37 @@ def test_pseudo_pairs_agree_with_their_products() -> None:
             assert example.description in {"Black watch for men.", "Titan Men Black Watch"}
             assert example.image in {0, -1}
     assert any(example.image >= 0 for example in drawn)
+
+
+def test_every_sentence_as_often_and_every_kind_as_frequent() -> None:
+    dress, both = frozenset({"dress"}), frozenset({"dress", "watch"})
+    chances = corpora.couple({dress: 30, both: 10}, {"dress": 300, "watch": 100})
+    assert chances[dress].tolist() == [1.0]
+    assert chances[both][0] < 0.05  # what can be said of a watch is needed for the watches
+    chances = corpora.couple({dress: 10, both: 30}, {"dress": 10, "watch": 10})
+    assert chances[both][0] == pytest.approx(1 / 3, abs=0.01)
+    assert corpora.couple({}, {"dress": 1}) == {}
+
+
+def test_praise_is_said_of_others_but_not_what_belongs_to_its_own() -> None:
+    products = [
+        Product(0, "Black watch."), Product(1, "Red dress."), Product(2, "Green sandals."),
+        Product(3, "Blue jeans."), Product(4, "White t-shirt."),
+    ]  # fmt: skip
+    pairs = PseudoPairs(products, {"colloquial": [
+        "this dress is gorgeous with jeans.", "the flowy skirt of this dress is so soft.",
+        "such soft sleeves, what a dress!",
+    ]})  # fmt: skip
+    targets = {pair.text: pair.targets for pair in pairs.paired["colloquial"]}
+    # what is worn with it is not what it is; a skirt beside the dress may be the subject too
+    assert targets["this dress is gorgeous with jeans."] == {"dress", "watch", "sandals", "t-shirt"}
+    assert targets["such soft sleeves, what a dress!"] == {"dress", "t-shirt"}
+    assert "the flowy skirt of this dress is so soft." not in targets
+    random = np.random.default_rng(0)
+    said = {pairs.paired_example("colloquial", random).text for _ in range(200)}
+    assert "these sandals are gorgeous with jeans." in said
+    assert "this watch is gorgeous with jeans." in said
+    assert "such soft sleeves, what a t-shirt!" in said
 
 
 def test_tokeniser_comes_back_with_the_text() -> None:

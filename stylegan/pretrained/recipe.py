@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -125,52 +124,12 @@ def catalog(data: Path, build: Path) -> Iterator[dict[str, str]]:
         }  # fmt: skip
 
 
-ONE = {"dress", "top", "blouse", "sweater", "skirt", "jacket", "coat", "shirt"}
-MANY = {"pants", "jeans", "shorts"}
-_PARTS = (
-    "fabric|material|colou?rs?|print|fit|cut|quality|details?|detailing|design|length|neckline|sleeves"
-    "|lace|style|pattern|texture|embroidery|construction|hem|waist"
-)
-
-
-def name_subject(text: str, garment: str) -> str:
-    """A review's sentence with the product it is known to be of in the place of its pronoun.
-
-    "It's soft and flowy." of a dress → "this dress is soft and flowy."; "the fabric is lovely." →
-    "the fabric of this dress is lovely.". Other sentences come back as they are.
-    """
-    text = corpora.normalise(text)
-    if corpora.lexicon().mentions(text):
-        return text
-    if garment in ONE:
-        text = re.sub(
-            r"^(it is|this is|it's|its) (?!(a|an|the|one|my|that)\b)", f"this {garment} is ", text
-        )
-        text = re.sub(r"^it (?!is|was|would|will|has been)", f"this {garment} ", text)
-        return re.sub(rf"^the ({_PARTS}) (is|are) ", rf"the \1 of this {garment} \2 ", text)
-    if garment in MANY:
-        text = re.sub(
-            r"^(they are|they're|these are) (?!(a|an|the|my)\b)", f"these {garment} are ", text
-        )
-        return re.sub(rf"^the ({_PARTS}) (is|are) ", rf"the \1 of these {garment} \2 ", text)
-    return text
-
-
-_LOVE = re.compile(
-    r"^(and |but )?i (just |really |absolutely |also |truly |simply |totally )*(love|like|adore)\b"
-)
-
-
 def sentences(data: Path) -> Iterator[dict[str, str]]:
-    """Colloquial sentences that may be used: the reviews' as people wrote them (the voice), the
-    reviews' with their subject named or the speaker left out, and the embedded corpus (support)."""
+    """Colloquial sentences that may be used: the reviews' as people wrote them (the voice), and the
+    embedded corpus about what they are silent of (support)."""
     for row in rows(data / "colloquial" / "sentences.csv"):
         if row["source"] == "womens-reviews" and row["split"] == "train":
-            text = corpora.normalise(row["text"])
-            yield {"text": text, "tier": row["tier"], "source": "reviews"}
-            more = _LOVE.sub(r"\3", name_subject(text, row["garment"]))
-            if row["tier"] == "caption" and more != text:
-                yield {"text": more, "tier": "support", "source": "reviews"}
+            yield {"text": row["text"], "tier": row["tier"], "source": "reviews"}
     for line in corpora.embedded_corpus():
         yield {"text": line, "tier": "support", "source": "embedded"}
     for row in rows(data / "colloquial" / "attribute_phrases.csv"):
