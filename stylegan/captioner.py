@@ -50,7 +50,7 @@ _FILES = ("config.json", "generation_config.json", "model.safetensors", "tokeniz
 SEEN = "training_text.safetensors"  # numbers of sentences and words, no text
 SURE = 0.9  # probability from which on a colour that was only seen may be said
 REFUSALS = 16  # tokens in a row that complete what is forbidden; then the candidate is given up
-PERSISTENCE = 4  # times as many candidates are drawn where only the shop's rules stood in the way
+PERSISTENCE = 2  # times as many candidates are drawn where only the shop's rules stood in the way
 
 # an image as bytes, a path, a PIL image or an array [H, W, 3] uint8; None with a description
 ImageLike = bytes | str | Path | Image.Image | np.ndarray | None
@@ -484,6 +484,8 @@ class Captioner:
         rows = list(encoding.known)
         obeying = dict.fromkeys(rows, 0)
         promising: set[int] = set()
+        # what is of no known kind has no place for a term, however often it is tried
+        mendable = {r: SHOPS if encoding.concepts[r].head else SHOPS - {"required"} for r in rows}
         pending, choosing = rows, decoding.best_of > 1
         usual = max(decoding.best_of, decoding.max_candidates)
         for attempt in range(PERSISTENCE * usual):
@@ -508,7 +510,7 @@ class Captioner:
                         likelihood = sum(written.log_probabilities) / max(1, len(written.ids))
                         candidate = replace(candidate, value=likelihood)
                     obeying[row] += not candidate.faults
-                    if candidate.faults and candidate.faults <= SHOPS:
+                    if candidate.faults and candidate.faults <= mendable[row]:
                         promising.add(row)
                     if row not in best or candidate.rank < best[row].rank:
                         best[row] = candidate
@@ -641,9 +643,11 @@ class _Watch:
         if not self.open:
             return tokens_B
         log_probs_BV, pending = log_probs_BV.clone(), self.open
+        texts: dict[int, str] = {}
         for _ in range(REFUSALS):
             tokens = tokens_B.tolist()
-            pending = [place for place in pending if not self._allows(place, tokens[place])]
+            texts |= {place: self._text([*self.ids[place], tokens[place]]) for place in pending}
+            pending = [p for p in pending if not self.limits[p].rules.allows(texts[p])]
             if not pending:
                 break
             for place in pending:
@@ -652,16 +656,13 @@ class _Watch:
         self.given_up.update(pending)
         tokens = tokens_B.tolist()
         for place in self.open:
-            limit, text = self.limits[place], self._text([*self.ids[place], tokens[place]])
-            if place in self.given_up or limit.rules.exceeds(text, limit.terms):
+            limit = self.limits[place]
+            if place in self.given_up or limit.rules.exceeds(texts[place], limit.terms):
                 self.given_up.add(place)
                 tokens[place] = tokens_B[place] = EOS
             self.ids[place].append(tokens[place])
         self.open = [place for place in self.open if tokens[place] != EOS]
         return tokens_B
-
-    def _allows(self, place: int, token: int) -> bool:
-        return self.limits[place].rules.allows(self._text([*self.ids[place], token]))
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode([token for token in ids if token != EOS])).strip()

@@ -16,7 +16,7 @@ FAULTS: dict[str, tuple[int, float]] = {
     "contradiction": (4, 1.5),  # a kind, colour or gender that the product has not
     "unnamed": (4, 1.0),  # its kind is not said
     "unfinished": (2, 1.0),  # cut off at the longest, or in the middle: "such a nice watch with."
-    "repeated": (2, 1.0),  # three words in a row twice, or "soft, soft" and "the the"
+    "repeated": (2, 1.0),  # three words in a row twice, or "the the"
     "invented": (2, 1.0),  # a word that people do not use
     "short": (1, 0.5),  # fewer than three words
     "ill-formed": (1, 0.5),  # "these belt are"
@@ -36,8 +36,8 @@ SHOPS = frozenset({"forbidden", "required", "length", "duplicate"})
 _CUT_OFF = re.compile(
     r"\b(a|an|the|and|or|but|of|with|than|because|my|your|its|their|every|very)[\s.!?]*$"
 )
-# "so so nice" is meant; words from four letters on are ill-formed anywhere, see corpora
-_STUTTER = re.compile(r"\b(?!so\b)([a-z']+)[,\s]+\1\b|\b([a-z']+)(?:[,\s]+\2\b){2}")
+# "so so nice" and "love, love this" are meant
+_STUTTER = re.compile(r"\b(?!so\b)([a-z']+)\s+\1\b|\b([a-z']+)(?:[,\s]+\2\b){2}")
 
 
 @dataclass(frozen=True, slots=True)
