@@ -161,7 +161,9 @@ def _freeze(
             unit.unlink(missing_ok=True)
         raise
     digest_ = digest.hexdigest(source.stamps)
-    return FrozenCatalog(tuple(units), seen, rows, digest_, columns.schema, attributes, required)
+    return FrozenCatalog(
+        tuple(units), seen, rows, digest_, columns.schema, attributes, required=required
+    )
 
 
 def _converted(source: _Source, columns: _Columns) -> Iterator[pa.RecordBatch]:
