@@ -39,12 +39,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from stylegan.cards import data_card
 from stylegan.catalog import FrozenCatalog
 from stylegan.lock import Lock, LockError, cell
 from stylegan.parts import ERRORS, Settings, output_schema
 from stylegan.previous import Division, Previous, divide
 from stylegan.publish import read_latest, reading, set_latest
-from stylegan.report import data_card, write_report
+from stylegan.report import write_report
 from stylegan.storage import explain, patiently, resolve_filesystem, write_atomically
 
 THREADS = 16  # requests to the storage at a time
