@@ -92,6 +92,8 @@ class Config:
     max_failed_share: float | None
     keep_runs: int | None
     rollback: str | None
+    dry_run: bool
+    price_per_hour: float | None
 
 
 class InputError(ValueError):
@@ -146,6 +148,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
     add("--keep-runs", metavar="N", type=_positive,
         help="then delete all complete runs but the newest N and the latest")  # fmt: skip
     add("--rollback", metavar="RUN", help="make this older run the latest again; nothing else")
+    add("--dry-run", action="store_true",
+        help="say what would be done, how long it takes and what it costs; write nothing")
+    add("--price-per-hour", metavar="F", type=_price,
+        help="of all machines together, for the cost of the run and of a million images")
     config = Config(**vars(parser.parse_args(arguments)))
     if config.retry_failed and not config.previous:
         parser.error("--retry-failed needs --previous: the run in which rows failed")
@@ -172,6 +178,13 @@ def _temperature(text: str) -> float:
         if 0 < float(text) <= 5:
             return float(text)
     raise argparse.ArgumentTypeError(f"{text!r}: give a number above 0, at most 5")
+
+
+def _price(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r}: give a number from 0 up")
 
 
 def _fraction(text: str) -> float:
@@ -456,7 +469,7 @@ def run_job(config: Config) -> Found:
                 unplanned = found.uri if found else None
                 run = runs.plan_run(output, settings, catalog, unplanned, previous)
             scratch.cleanup()  # the plan holds the input now
-            _complete(run, config, model, lock)
+            _complete(run, config, model, lock, previous)
             return Found(run.uri, True, run)
 
 
@@ -502,7 +515,9 @@ def _local_paths(run: Run, config: Config) -> dict[str, str]:
     return {flag: path for flag, path in paths.items() if path and "://" not in path}
 
 
-def _complete(run: Run, config: Config, model: Model, lock: Lock) -> None:
+def _complete(
+    run: Run, config: Config, model: Model, lock: Lock, previous: Previous | None
+) -> None:
     """Captions the units without a part, verifies all parts against the input, publishes.
 
     Raises RunError when parts are still wrong after they were captioned once more, or when more
@@ -511,7 +526,7 @@ def _complete(run: Run, config: Config, model: Model, lock: Lock) -> None:
     started, began = datetime.now(UTC), time.monotonic()
     pool: Pool | None = None
     seconds: Counter[str] = Counter()
-    images = 0
+    images, captioning = 0, 0.0
     foreign: list[str] = []
     limit = _Failures(run, config.max_failed_share)
     limit.discard()
@@ -536,6 +551,7 @@ def _complete(run: Run, config: Config, model: Model, lock: Lock) -> None:
                 f"captioning {run.num_rows - done:,} of {run.num_rows:,} images with "
                 f"{pool.actors[0]} captioners on {pool.device} into {run.uri}"
             )
+            since = time.monotonic()
             with Progress(run.num_rows, done) as progress:
                 for receipt in caption_units(run, units, config, model.image_size, pool):
                     lock.check()
@@ -543,6 +559,7 @@ def _complete(run: Run, config: Config, model: Model, lock: Lock) -> None:
                     limit.add(receipt["failed"])
                     images += run.unit_rows(receipt["unit"])
                     seconds.update({stage: receipt[stage] for stage in STAGES})
+            captioning += time.monotonic() - since
         lock.check(now=True)
         foreign += run.set_aside_foreign()
         found = run.verify()
@@ -560,6 +577,8 @@ def _complete(run: Run, config: Config, model: Model, lock: Lock) -> None:
     for name in foreign:
         _say(f"{name} is no part of this run; it was moved to _foreign/")
     session = time.monotonic() - began
+    busy = _busy_shares(seconds, pool, captioning) if pool else {}
+    cost = None if config.price_per_hour is None else session / 3600 * config.price_per_hour
     summary = {
         "run_id": run.run_id,
         "identity": run.settings.identity,
@@ -576,18 +595,35 @@ def _complete(run: Run, config: Config, model: Model, lock: Lock) -> None:
             "foreign_files": foreign,
         },
         "previous": run.settings.previous and run.settings.previous.split()[0],
+        "previous_counts": previous and previous.counts,
         "changes": run.changes,
+        "replaced": run.replaced(),
         "rates": {
             "images_this_session": images,
             "seconds_this_session": round(session, 1),
             "images_per_second": round(images / session, 2),
+            # of one captioner while it works
+            "images_per_second_per_actor": (
+                round(images / seconds["caption"], 2) if seconds["caption"] else None
+            ),
+            "cost_this_session": None if cost is None else round(cost, 4),
+            "cost_per_million": (
+                round(cost / images * 1e6, 2) if cost is not None and images else None
+            ),
             "failed_share": round(sum(found.error_classes.values()) / found.images, 4),
         },
         # work of all workers, over all sessions but for writing; the wall clock is under rates
         "seconds_per_stage": {
             stage: round(found.seconds[stage] or seconds[stage], 2) for stage in STAGES
         },
-        "bottleneck": _bottleneck(seconds, pool) if pool else None,
+        # of the time from the first image to the last
+        "busy_shares": busy,
+        "bottleneck": max(busy, key=busy.__getitem__, default=None),
+        "scores": {
+            "counts": found.scores,
+            "lowest": [scored._asdict() for scored in found.lowest],
+            "highest": [scored._asdict() for scored in reversed(found.highest)],
+        },
         "configuration": asdict(config) | {"pool": asdict(pool) if pool else None},
         "settings": asdict(run.settings),
         "model": asdict(model),
@@ -641,10 +677,10 @@ class _Failures:
         return self.share is not None and self.count > self.share * self.run.num_rows
 
 
-def _bottleneck(seconds: Counter[str], pool: Pool) -> str:
-    """The stage whose workers were busiest."""
+def _busy_shares(seconds: Counter[str], pool: Pool, wall: float) -> dict[str, float]:
+    """The share of the time that each stage's workers were at work, readers in two stages."""
     slots = dict.fromkeys(STAGES, pool.readers) | {"caption": pool.actors[1]}
-    return max(STAGES, key=lambda stage: seconds[stage] / slots[stage])
+    return {stage: round(seconds[stage] / slots[stage] / wall, 3) for stage in STAGES}
 
 
 def _absolute(path: str) -> str:

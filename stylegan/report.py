@@ -1,4 +1,5 @@
-"""The page of a run, `report.html`: captions beside their images, failures, speed."""
+"""The page of a run, `report.html`: what changed, captions beside their images, scores, failures,
+speed and cost."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ EXAMPLES = 5  # failed rows shown of each class
 EXAMPLE_PARTS = 50  # lists of failed rows that are searched for them
 
 STAGES = ("read", "decode", "caption", "write")
+CHANGES = ("new", "changed", "retried", "carried_over", "still_failed", "locked", "gone")
 
 
 @dataclass(slots=True)
@@ -53,11 +55,26 @@ def write_report(filesystem: fs.FileSystem, run: str, summary: Mapping[str, Any]
     """
     counts = summary["counts"]
     seconds = {stage: summary["seconds_per_stage"].get(stage, 0.0) for stage in STAGES}
-    cards = list(_cards(filesystem, run))
+    scores = summary.get("scores") or {"counts": {}, "lowest": [], "highest": []}
+    with IsolatedDecoder() as decoder, ThreadPoolExecutor(8) as threads:
+        pictures = _Pictures(filesystem, run, decoder, threads)
+        cards = list(_cards(pictures))
+        lowest = scores["lowest"]
+        highest = [scored for scored in scores["highest"] if scored not in lowest]
+        extremes = {
+            "Lowest scores": _scored(pictures, lowest), "Highest scores": _scored(pictures, highest)
+        }  # fmt: skip
     page = render(
-        "report.html.j2", {"duration": _duration},
+        "report.html.j2", {"duration": duration},
         summary=summary,
+        comparison=_comparison(summary),
+        cost=summary["rates"].get("cost_this_session"),
+        cost_per_million=summary["rates"].get("cost_per_million"),
+        per_actor=summary["rates"].get("images_per_second_per_actor"),
+        busy=summary.get("busy_shares"),
         cards=cards,
+        scores={style: _histogram(counts) for style, counts in scores["counts"].items()},
+        extremes=extremes,
         has_styles=len(summary["settings"]["styles"]) > 1,
         failures=_failures(filesystem, run, counts["error_classes"]),
         num_failed=sum(counts["error_classes"].values()),
@@ -75,7 +92,38 @@ def write_report(filesystem: fs.FileSystem, run: str, summary: Mapping[str, Any]
         stream.write(page.encode("utf-8", "replace"))
 
 
-def _duration(seconds: float) -> str:
+def _comparison(summary: Mapping[str, Any]) -> dict[str, Any] | None:
+    """This run's counts beside those of the previous one, if there is one."""
+    old, new, changes = summary.get("previous_counts"), summary["counts"], summary.get("changes")
+    if not old or not changes:
+        return None
+    names = sorted({*old["statuses"], *new["statuses"]})
+    pairs = {
+        "images": (old["images"], new["images"]),
+        **{f"rows {name}": (old["statuses"].get(name, 0), new["statuses"].get(name, 0))
+           for name in names},
+        "rows that need review": (old["needs_review"], new["needs_review"]),
+        "failed images": tuple(sum(counts["error_classes"].values()) for counts in (old, new)),
+    }  # fmt: skip
+    failed = pairs["failed images"][1] - changes.get("still_failed", 0)
+    return {
+        "changes": {name: changes.get(name, 0) for name in CHANGES} | {"failed now": failed},
+        "counts": {name: (old, new, new - old) for name, (old, new) in pairs.items()},
+        "replaced": summary.get("replaced", []),
+    }
+
+
+def _histogram(counts: Sequence[int]) -> list[dict[str, Any]]:
+    """Bars of a histogram of 0 … 1: from where, how many, and the share of the highest bar."""
+    width, most = 1 / len(counts), max(counts)
+    return [
+        {"low": number * width, "high": (number + 1) * width, "count": count, "share": count / most}
+        for number, count in enumerate(counts)
+    ]
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, as exact as is of use."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)
@@ -97,33 +145,61 @@ def _read(filesystem: fs.FileSystem, path: str, columns: list[str]) -> list[dict
     return rows
 
 
-def _cards(filesystem: fs.FileSystem, run: str) -> Iterator[Card]:
+_COLUMNS = ["id", "caption", "style", "caption_score", "description", "status", "needs_review",
+            "width", "height"]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Pictures:
+    """Makes cards of the rows of a run's parts."""
+
+    filesystem: fs.FileSystem
+    run: str
+    decoder: IsolatedDecoder
+    threads: ThreadPoolExecutor
+
+    def cards(self, part: str, which: str | int) -> Iterator[Card]:
+        """Cards of images of a part that have a caption: that of an id, or so many, spread evenly."""
+        images: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for row in _read(self.filesystem, f"{self.run}/data/{part}", _COLUMNS):
+            if row["caption"] is not None:
+                images[row["id"]].append(row)
+        ids = list(images)
+        picked = [ids[row] for row in spread(len(ids), which)] if isinstance(which, int) else [which]
+        # what was not opened for its caption is not opened for the page
+        fresh = [row for row in picked if images[row][0]["status"] != "carried_over"]
+        blobs = _fetch(self.filesystem, self.run, part, fresh, self.threads)
+        found = dict(zip(fresh, blobs, strict=True))
+        decoded = self.decoder.decode([found.get(row) for row in picked], THUMBNAIL)
+        for row_id, image in zip(picked, decoded, strict=True):
+            first = images[row_id][0]
+            yield Card(
+                row_id, first["description"], images[row_id],
+                image.width or first["width"], image.height or first["height"], thumbnail(image),
+            )  # fmt: skip
+
+
+def _cards(pictures: _Pictures) -> Iterator[Card]:
     """Captioned images, spread evenly over the run."""
-    columns = ["id", "caption", "style", "caption_score", "description", "status", "needs_review",
-               "width", "height"]  # fmt: skip
-    parts = _parts(filesystem, f"{run}/data")
+    parts = _parts(pictures.filesystem, f"{pictures.run}/data")
     chosen = [parts[index] for index in spread(len(parts), CARD_UNITS)]
-    with IsolatedDecoder() as decoder, ThreadPoolExecutor(8) as threads:
-        for index, name in enumerate(chosen):
-            wanted = NUM_CARDS * (index + 1) // len(chosen) - NUM_CARDS * index // len(chosen)
-            rows = _read(filesystem, f"{run}/data/{name}", columns)
-            images: dict[str, list[dict[str, Any]]] = defaultdict(list)
-            for row in rows:
-                if row["caption"] is not None:
-                    images[row["id"]].append(row)
-            captioned = list(images)
-            picked = [captioned[row] for row in spread(len(captioned), wanted)]
-            # what was not opened for its caption is not opened for the page
-            fresh = [row for row in picked if images[row][0]["status"] != "carried_over"]
-            found = dict(zip(fresh, _fetch(filesystem, run, name, fresh, threads), strict=True))
-            blobs = [found.get(row) for row in picked]
-            for row_id, image in zip(picked, decoder.decode(blobs, THUMBNAIL), strict=True):
-                first = images[row_id][0]
-                yield Card(
-                    row_id, first["description"], images[row_id],
-                    image.width or first["width"], image.height or first["height"],
-                    thumbnail(image),
-                )  # fmt: skip
+    for index, name in enumerate(chosen):
+        wanted = NUM_CARDS * (index + 1) // len(chosen) - NUM_CARDS * index // len(chosen)
+        yield from pictures.cards(name, wanted)
+
+
+def _scored(pictures: _Pictures, scores: Sequence[Mapping[str, Any]]) -> list[Card]:
+    """The images of some captions, with nothing but the caption that has the score."""
+    cards = []
+    for scored in scores:
+        [card] = pictures.cards(f"part-{scored['unit']:05}.parquet", scored["id"])
+        card.captions = [
+            row
+            for row in card.captions
+            if (row["style"], row["caption_score"]) == (scored["style"], scored["score"])
+        ][:1]
+        cards.append(card)
+    return cards
 
 
 def _fetch(
