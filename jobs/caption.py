@@ -4,6 +4,7 @@
     ray job submit --working-dir . -- python -m jobs.caption --images … --output s3://…
     python -m jobs.caption            captions the drawn sample catalogue into ./captions
     python -m jobs.caption … --previous latest        every night: only what changed is captioned
+    python -m jobs.caption … --dry-run                says what would be done, and how long it takes
     python -m jobs.caption --output … --rollback RUN  makes an older run the latest again
 
 Each run is a directory `run=<UTC time>` below --output; its `data/` is the result, and the file
@@ -153,6 +154,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
     add("--price-per-hour", metavar="F", type=_price,
         help="of all machines together, for the cost of the run and of a million images")
     config = Config(**vars(parser.parse_args(arguments)))
+    if config.dry_run and config.rollback:
+        parser.error("--dry-run does not go with --rollback, which does nothing but that")
     if config.retry_failed and not config.previous:
         parser.error("--retry-failed needs --previous: the run in which rows failed")
     if config.model and "://" not in config.model:  # workers may run in another directory
@@ -420,14 +423,25 @@ class Model:
             raise InputError(f"--model: {error}") from error
         return cls(model, model_revision(model), styles, image_size, files)
 
+    def check_presence(self, images: int) -> None:
+        """Raises InputError when it is gone, and so many images have to be captioned."""
+        if not self.files:
+            raise InputError(
+                f"--model {self.uri} is gone, and {images:,} images have to be captioned: bring it "
+                "back"
+            )
 
-def run_job(config: Config) -> Found:
+
+def run_job(config: Config) -> Found | None:
     """Captions what the configuration asks for; the finished run, with its `run` if it is new.
+
+    None after a dry run, unless the run is finished already.
 
     Raises InputError, CatalogError, ClusterError (nothing was captioned), LockError, RunError.
     """
+    began = time.perf_counter()
     output = _absolute_output(config.output)
-    previous = _find_previous(output, config.previous)
+    previous = _find_previous(output, config.previous, settle=not config.dry_run)
     model = Model.look_up(config.model, previous)
     if unknown := set(config.styles) - set(model.styles):
         raise InputError(
@@ -452,11 +466,19 @@ def run_job(config: Config) -> Found:
         lock_file = runs.lock_path(output, settings)
         try:
             found = runs.find_run(output, settings)
-            if found and found.is_finished and not runs.has_leftovers(found, lock_file):
+            if found and found.is_finished and (
+                config.dry_run or not runs.has_leftovers(found, lock_file)
+            ):
                 return found
-            lock = Lock.acquire(*lock_file, say=_say)
+            lock = None if config.dry_run else Lock.acquire(*lock_file, say=_say)
         except OSError as error:
             raise InputError(f"--output {output} cannot be used: {error}") from error
+        if lock is None:
+            from jobs.dry_run import rehearse  # it imports the stages
+
+            unfinished = found.run if found else None
+            rehearse(config, output, previous, model, catalog, settings, unfinished, began)
+            return None
         with lock:
             found = runs.find_run(output, settings)  # another job may have finished it meanwhile
             if found and found.is_finished:
@@ -465,7 +487,7 @@ def run_job(config: Config) -> Found:
             run = found.run if found else None
             if run is None:
                 if previous is None:
-                    _reserve(config)  # before the plan: nothing is left when it does not fit
+                    reserve(config)  # before the plan: nothing is left when it does not fit
                 unplanned = found.uri if found else None
                 run = runs.plan_run(output, settings, catalog, unplanned, previous)
             scratch.cleanup()  # the plan holds the input now
@@ -473,8 +495,11 @@ def run_job(config: Config) -> Found:
             return Found(run.uri, True, run)
 
 
-def _find_previous(output: str, previous: str | None) -> Previous | None:
-    """The run to carry over from. Raises InputError when it is not there."""
+def _find_previous(output: str, previous: str | None, *, settle: bool) -> Previous | None:
+    """The run to carry over from. Raises InputError when it is not there.
+
+    settle: do what a kill left undone in it.
+    """
     if previous is None:
         return None
     try:
@@ -484,14 +509,15 @@ def _find_previous(output: str, previous: str | None) -> Previous | None:
                 _say(f"no run is complete below {output}: every row is captioned")
                 return None
             latest = Previous.load(f"{output}/{name}")
-            runs.settle_after_death(latest.uri, latest.identity)
+            if settle:
+                runs.settle_after_death(latest.uri, latest.identity)
             return latest
         return Previous.load(_absolute(previous))
     except (OSError, PreviousError) as error:
         raise InputError(f"--previous {previous}: {error}") from error
 
 
-def _reserve(config: Config) -> Pool:
+def reserve(config: Config) -> Pool:
     """Starts or joins Ray and says what the chain may use of it. Raises ClusterError."""
     cluster.connect()
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # `ray job stop`; Ray's exits
@@ -539,12 +565,8 @@ def _complete(
             _say(f"{rows:,} of {run.num_rows:,} images are carried over into {run.uri}")
             run.write_carried(carried)
         if units:
-            if not model.files:
-                raise InputError(
-                    f"--model {model.uri} is gone, and {sum(map(run.unit_rows, units)):,} images "
-                    "have to be captioned: bring it back"
-                )
-            pool = _reserve(config)
+            model.check_presence(sum(map(run.unit_rows, units)))
+            pool = reserve(config)
             cluster.check_visible(_local_paths(run, config))
             done = run.num_rows - sum(map(run.unit_rows, units))
             _say(
@@ -729,6 +751,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"latest is {publish.roll_back(output, config.rollback)} again")
             return 0
         found = run_job(config)
+        if found is None or config.dry_run:
+            print(f"finished already: {found.uri}" if found else "Nothing was written.")
+            return 0
         if config.keep_runs:
             for name in publish.prune(output, config.keep_runs, runs.lock_name):
                 _say(f"deleted {output}/{name}: --keep-runs {config.keep_runs}")

@@ -159,13 +159,14 @@ class _Pictures:
     threads: ThreadPoolExecutor
 
     def cards(self, part: str, which: str | int) -> Iterator[Card]:
-        """Cards of images of a part that have a caption: that of an id, or so many, spread evenly."""
+        """Cards of images of a part that have a caption: of an id, or so many, spread evenly."""
         images: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for row in _read(self.filesystem, f"{self.run}/data/{part}", _COLUMNS):
             if row["caption"] is not None:
                 images[row["id"]].append(row)
-        ids = list(images)
-        picked = [ids[row] for row in spread(len(ids), which)] if isinstance(which, int) else [which]
+        picked = [which] if isinstance(which, str) else list(images)
+        if isinstance(which, int):
+            picked = [picked[row] for row in spread(len(picked), which)]
         # what was not opened for its caption is not opened for the page
         fresh = [row for row in picked if images[row][0]["status"] != "carried_over"]
         blobs = _fetch(self.filesystem, self.run, part, fresh, self.threads)
