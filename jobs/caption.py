@@ -4,6 +4,7 @@
     ray job submit --working-dir . -- python -m jobs.caption --images … --output s3://…
     python -m jobs.caption            captions the drawn sample catalogue into ./captions
     python -m jobs.caption … --previous latest        every night: only what changed is captioned
+    python -m jobs.caption … --dry-run                says what would be done, and how long it takes
     python -m jobs.caption --output … --rollback RUN  makes an older run the latest again
 
 Each run is a directory `run=<UTC time>` below --output; its `data/` is the result, and the file
@@ -96,6 +97,8 @@ class Config:
     max_failed_share: float | None
     keep_runs: int | None
     rollback: str | None
+    dry_run: bool
+    price_per_hour: float | None
 
 
 class InputError(ValueError):
@@ -154,7 +157,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
     add("--keep-runs", metavar="N", type=_positive,
         help="then delete all complete runs but the newest N and the latest")  # fmt: skip
     add("--rollback", metavar="RUN", help="make this older run the latest again; nothing else")
+    add("--dry-run", action="store_true",
+        help="say what would be done, how long it takes and what it costs; write nothing")
+    add("--price-per-hour", metavar="F", type=_price,
+        help="of all machines together, for the cost of the run and of a million images")
     config = Config(**vars(parser.parse_args(arguments)))
+    if config.dry_run and config.rollback:
+        parser.error("--dry-run does not go with --rollback, which does nothing but that")
     if config.retry_failed and not config.previous:
         parser.error("--retry-failed needs --previous: the run in which rows failed")
     if config.model and "://" not in config.model:  # workers may run in another directory
@@ -180,6 +189,13 @@ def _temperature(text: str) -> float:
         if 0 < float(text) <= 5:
             return float(text)
     raise argparse.ArgumentTypeError(f"{text!r}: give a number above 0, at most 5")
+
+
+def _price(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r}: give a number from 0 up")
 
 
 def _fraction(text: str) -> float:
@@ -434,18 +450,29 @@ class Model:
             raise InputError(f"--model: {error}") from error
         return cls(model, model_revision(model), styles, image_size, files)
 
+    def check_presence(self, images: int) -> None:
+        """Raises InputError when it is gone, and so many images have to be captioned."""
+        if not self.files:
+            raise InputError(
+                f"--model {self.uri} is gone, and {images:,} images have to be captioned: bring it "
+                "back"
+            )
 
-def run_job(config: Config) -> Found:
+
+def run_job(config: Config) -> Found | None:
     """Captions what the configuration asks for; the finished run, with its `run` if it is new.
+
+    None after a dry run, unless the run is finished already.
 
     Raises InputError, CatalogError, ClusterError (nothing was captioned), LockError, RunError.
     """
+    began = time.perf_counter()
     output = _absolute_output(config.output)
     try:
         rules = BrandRules.read(config.rules) if config.rules else None
     except BrandRulesError as error:
         raise InputError(f"--rules {error}") from error
-    previous = _find_previous(output, config.previous)
+    previous = _find_previous(output, config.previous, settle=not config.dry_run)
     model = Model.look_up(config.model, previous)
     if unknown := set(config.styles) - set(model.styles):
         raise InputError(
@@ -478,11 +505,19 @@ def run_job(config: Config) -> Found:
         lock_file = runs.lock_path(output, settings)
         try:
             found = runs.find_run(output, settings)
-            if found and found.is_finished and not runs.has_leftovers(found, lock_file):
+            if found and found.is_finished and (
+                config.dry_run or not runs.has_leftovers(found, lock_file)
+            ):
                 return found
-            lock = Lock.acquire(*lock_file, say=_say)
+            lock = None if config.dry_run else Lock.acquire(*lock_file, say=_say)
         except OSError as error:
             raise InputError(f"--output {output} cannot be used: {error}") from error
+        if lock is None:
+            from jobs.dry_run import rehearse  # it imports the stages
+
+            unfinished = found.run if found else None
+            rehearse(config, output, previous, model, catalog, settings, unfinished, began)
+            return None
         with lock:
             found = runs.find_run(output, settings)  # another job may have finished it meanwhile
             if found and found.is_finished:
@@ -491,16 +526,19 @@ def run_job(config: Config) -> Found:
             run = found.run if found else None
             if run is None:
                 if previous is None:
-                    _reserve(config)  # before the plan: nothing is left when it does not fit
+                    reserve(config)  # before the plan: nothing is left when it does not fit
                 unplanned = found.uri if found else None
                 run = runs.plan_run(output, settings, catalog, unplanned, previous)
             scratch.cleanup()  # the plan holds the input now
-            _complete(run, config, model, lock)
+            _complete(run, config, model, lock, previous)
             return Found(run.uri, True, run)
 
 
-def _find_previous(output: str, previous: str | None) -> Previous | None:
-    """The run to carry over from. Raises InputError when it is not there."""
+def _find_previous(output: str, previous: str | None, *, settle: bool) -> Previous | None:
+    """The run to carry over from. Raises InputError when it is not there.
+
+    settle: do what a kill left undone in it.
+    """
     if previous is None:
         return None
     try:
@@ -510,14 +548,15 @@ def _find_previous(output: str, previous: str | None) -> Previous | None:
                 _say(f"no run is complete below {output}: every row is captioned")
                 return None
             latest = Previous.load(f"{output}/{name}")
-            runs.settle_after_death(latest.uri, latest.identity)
+            if settle:
+                runs.settle_after_death(latest.uri, latest.identity)
             return latest
         return Previous.load(_absolute(previous))
     except (OSError, PreviousError) as error:
         raise InputError(f"--previous {previous}: {error}") from error
 
 
-def _reserve(config: Config) -> Pool:
+def reserve(config: Config) -> Pool:
     """Starts or joins Ray and says what the chain may use of it. Raises ClusterError."""
     cluster.connect()
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # `ray job stop`; Ray's exits
@@ -541,7 +580,9 @@ def _local_paths(run: Run, config: Config) -> dict[str, str]:
     return {flag: path for flag, path in paths.items() if path and "://" not in path}
 
 
-def _complete(run: Run, config: Config, model: Model, lock: Lock) -> None:
+def _complete(
+    run: Run, config: Config, model: Model, lock: Lock, previous: Previous | None
+) -> None:
     """Captions the units without a part, verifies all parts against the input, publishes.
 
     Raises RunError when parts are still wrong after they were captioned once more, or when more
@@ -550,7 +591,7 @@ def _complete(run: Run, config: Config, model: Model, lock: Lock) -> None:
     started, began = datetime.now(UTC), time.monotonic()
     pool: Pool | None = None
     seconds: Counter[str] = Counter()
-    images = 0
+    images, captioning = 0, 0.0
     foreign: list[str] = []
     limit = _Failures(run, config.max_failed_share)
     limit.discard()
@@ -563,18 +604,15 @@ def _complete(run: Run, config: Config, model: Model, lock: Lock) -> None:
             _say(f"{rows:,} of {run.num_rows:,} images are carried over into {run.uri}")
             run.write_carried(carried)
         if units:
-            if not model.files:
-                raise InputError(
-                    f"--model {model.uri} is gone, and {sum(map(run.unit_rows, units)):,} images "
-                    "have to be captioned: bring it back"
-                )
-            pool = _reserve(config)
+            model.check_presence(sum(map(run.unit_rows, units)))
+            pool = reserve(config)
             cluster.check_visible(_local_paths(run, config))
             done = run.num_rows - sum(map(run.unit_rows, units))
             _say(
                 f"captioning {run.num_rows - done:,} of {run.num_rows:,} images with "
                 f"{pool.actors[0]} captioners on {pool.device} into {run.uri}"
             )
+            since = time.monotonic()
             with Progress(run.num_rows, done) as progress:
                 for receipt in caption_units(run, units, config, model.image_size, pool):
                     lock.check()
@@ -582,6 +620,7 @@ def _complete(run: Run, config: Config, model: Model, lock: Lock) -> None:
                     limit.add(receipt["failed"])
                     images += run.unit_rows(receipt["unit"])
                     seconds.update({stage: receipt[stage] for stage in STAGES})
+            captioning += time.monotonic() - since
         lock.check(now=True)
         foreign += run.set_aside_foreign()
         found = run.verify()
@@ -599,6 +638,8 @@ def _complete(run: Run, config: Config, model: Model, lock: Lock) -> None:
     for name in foreign:
         _say(f"{name} is no part of this run; it was moved to _foreign/")
     session = time.monotonic() - began
+    busy = _busy_shares(seconds, pool, captioning) if pool else {}
+    cost = None if config.price_per_hour is None else session / 3600 * config.price_per_hour
     summary = {
         "run_id": run.run_id,
         "identity": run.settings.identity,
@@ -616,18 +657,35 @@ def _complete(run: Run, config: Config, model: Model, lock: Lock) -> None:
             "foreign_files": foreign,
         },
         "previous": run.settings.previous and run.settings.previous.split()[0],
+        "previous_counts": previous and previous.counts,
         "changes": run.changes,
+        "replaced": run.replaced(),
         "rates": {
             "images_this_session": images,
             "seconds_this_session": round(session, 1),
             "images_per_second": round(images / session, 2),
+            # of one captioner while it works
+            "images_per_second_per_actor": (
+                round(images / seconds["caption"], 2) if seconds["caption"] else None
+            ),
+            "cost_this_session": None if cost is None else round(cost, 4),
+            "cost_per_million": (
+                round(cost / images * 1e6, 2) if cost is not None and images else None
+            ),
             "failed_share": round(sum(found.error_classes.values()) / found.images, 4),
         },
         # work of all workers, over all sessions but for writing; the wall clock is under rates
         "seconds_per_stage": {
             stage: round(found.seconds[stage] or seconds[stage], 2) for stage in STAGES
         },
-        "bottleneck": _bottleneck(seconds, pool) if pool else None,
+        # of the time from the first image to the last
+        "busy_shares": busy,
+        "bottleneck": max(busy, key=busy.__getitem__, default=None),
+        "scores": {
+            "counts": found.scores,
+            "lowest": [scored._asdict() for scored in found.lowest],
+            "highest": [scored._asdict() for scored in reversed(found.highest)],
+        },
         "configuration": asdict(config) | {"pool": asdict(pool) if pool else None},
         "settings": asdict(run.settings),
         "model": asdict(model),
@@ -681,10 +739,10 @@ class _Failures:
         return self.share is not None and self.count > self.share * self.run.num_rows
 
 
-def _bottleneck(seconds: Counter[str], pool: Pool) -> str:
-    """The stage whose workers were busiest."""
+def _busy_shares(seconds: Counter[str], pool: Pool, wall: float) -> dict[str, float]:
+    """The share of the time that each stage's workers were at work, readers in two stages."""
     slots = dict.fromkeys(STAGES, pool.readers) | {"caption": pool.actors[1]}
-    return max(STAGES, key=lambda stage: seconds[stage] / slots[stage])
+    return {stage: round(seconds[stage] / slots[stage] / wall, 3) for stage in STAGES}
 
 
 def _absolute(path: str) -> str:
@@ -733,6 +791,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"latest is {publish.roll_back(output, config.rollback)} again")
             return 0
         found = run_job(config)
+        if found is None or config.dry_run:
+            print(f"finished already: {found.uri}" if found else "Nothing was written.")
+            return 0
         if config.keep_runs:
             for name in publish.prune(output, config.keep_runs, runs.lock_name):
                 _say(f"deleted {output}/{name}: --keep-runs {config.keep_runs}")

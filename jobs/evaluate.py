@@ -19,7 +19,6 @@ says less. Prints the table; --output writes `evaluation.json`, `.md`, `.html` a
 from __future__ import annotations
 
 import argparse
-import base64
 import csv
 import dataclasses
 import io
@@ -31,7 +30,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +40,11 @@ import torch
 from jobs.train import InputError, read_table
 from stylegan import corpora, metrics
 from stylegan.captioner import Caption, Captioner, Decoding
+from stylegan.cards import model_card
 from stylegan.catalog import read_image
 from stylegan.images import decode_image
 from stylegan.metrics import Detection, Detector, Floats, Interval
-from stylegan.report import DARK, LIGHT, LINE, SOFT, THUMBNAIL, _thumbnail, model_card
+from stylegan.pages import LIGHT, LINE, SOFT, THUMBNAIL, light_and_dark, render, thumbnail
 
 REAL = "real (against real)"
 SAMPLES = 12  # products on the page
@@ -636,23 +636,17 @@ def plot_auc(rows: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
     stream = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "auc"}):
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-    colours = dict(zip(LIGHT, DARK, strict=True))
-    dark = re.sub("|".join(LIGHT), lambda match: colours[match[0]], stream.getvalue())
-    uris = (base64.b64encode(text.encode()).decode() for text in (stream.getvalue(), dark))
-    light, dark = (f"data:image/svg+xml;base64,{uri}" for uri in uris)
-    return light, dark
+    return light_and_dark(stream.getvalue())
 
 
 def page(result: Evaluation) -> str:
     """`evaluation.html`: one page that needs nothing else, and forbids itself to fetch anything."""
-    import jinja2
-
     products = result.products
     count = min(SAMPLES, len(products.images))
     chosen = [index * len(products.images) // count for index in range(count)]
     samples = [
         {
-            "picture": _thumbnail(decode_image(products.files[i], THUMBNAIL)),
+            "picture": thumbnail(decode_image(products.files[i], THUMBNAIL)),
             "title": products.titles[i],
             "captions": {
                 name: system.captions[0][i]
@@ -662,12 +656,8 @@ def page(result: Evaluation) -> str:
         }
         for i in chosen
     ]
-    template = resources.files("stylegan").joinpath("evaluation.html.j2").read_text("utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"words": words, "cell": cell}
-    return environment.from_string(template).render(
+    return render(
+        "evaluation.html.j2", {"words": words, "cell": cell},
         result=result,
         blocks=blocks(result.rows),
         remarks=remarks(result.settings),

@@ -465,7 +465,7 @@ class Diagnostics:
     captions of the same products over time) and `tensorboard/`."""
 
     def __init__(self, arguments: argparse.Namespace, config: TrainingConfig, data: Data) -> None:
-        from stylegan.report import TensorBoard  # slow to import
+        from stylegan.tensorboard import TensorBoard
 
         self.output, self.config, self.data = arguments.output, config, data
         self.is_local = "://" not in self.output
@@ -475,7 +475,7 @@ class Diagnostics:
 
     def update(self, curves: Curves, verdict: dict[str, dict[str, float]] | None = None) -> None:
         """Tells what came since the last time. verdict: when the training has ended."""
-        from stylegan.report import write_training_page
+        from stylegan.training_page import write_training_page  # slow to import
 
         for row in curves.rows[self.told :]:
             values = {k: v for k, v in row.items() if k not in ("stage", "step")}
@@ -509,7 +509,8 @@ def publish(
     diagnostics: Diagnostics,
 ) -> None:  # fmt: skip
     """Writes the model directory, locally or on object storage; `metrics.json` comes last."""
-    from stylegan.report import model_card, plot_curves  # slow to import, needed once
+    from stylegan.cards import model_card
+    from stylegan.curves import plot_curves  # slow to import, needed once
 
     curves = trained.curves
     with tempfile.TemporaryDirectory() as scratch:

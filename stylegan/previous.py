@@ -31,6 +31,7 @@ from stylegan.storage import patiently, resolve_filesystem
 BUCKET_ROWS = 1 << 16  # input rows that are compared at a time
 MAX_BUCKETS = 500  # open files
 CARRIED_ROWS = 1 << 15  # input rows of a unit that is carried over
+REPLACED = 24  # changed rows whose old captions are kept for the report
 
 
 class PreviousError(ValueError):
@@ -117,7 +118,8 @@ class Division:
 
     fresh: files of units of rows_per_unit rows. carried: files of units of carried_rows_per_unit
     rows, each with the file of its part. changes: input rows by what became of them, and those that
-    are gone.
+    are gone. replaced: a file of some changed rows: `id`, the `unit` that captions it, and the old
+    `caption` of a `version` (its number in the settings); None without any.
     """
 
     fresh: list[Path]
@@ -126,6 +128,12 @@ class Division:
     rows_per_unit: int
     carried_rows_per_unit: int
     changes: dict[str, int]
+    replaced: Path | None = None
+
+    @classmethod
+    def all_fresh(cls, catalog: FrozenCatalog) -> Division:
+        """Without a previous run."""
+        return cls(list(catalog.units), [], 0, catalog.rows_per_unit, 1, {})
 
 
 def divide(
@@ -134,6 +142,7 @@ def divide(
     """Compares the input with a previous run. Raises PreviousError when that is damaged."""
     is_fresh = np.zeros(catalog.num_rows, bool)
     changes = Counter[str]()
+    replaced: list[pa.Table] = []
     most = max(catalog.num_rows, previous.num_rows // len(previous.versions))
     with (
         _Buckets(scratch / "new", most) as new,
@@ -147,6 +156,7 @@ def divide(
             match = _Match.of(new.read(bucket), old.read(bucket), previous, settings)
             changes.update(match.changes)
             is_fresh[match.rows_to_caption] = True
+            replaced.append(match.replaced())
             units.write(match.kept_units(catalog.schema))
             ours.write(match.kept_parts(run_id))
     num_fresh = int(is_fresh.sum())
@@ -157,7 +167,23 @@ def divide(
     carried = _save(scratch / "old-unit", cut(units.read(), CARRIED_ROWS, num_carried))
     written = _save(scratch / "old-part", cut(ours.read(), CARRIED_ROWS * each, num_carried * each))
     pairs = list(zip(carried, written, strict=True))
-    return Division(fresh, pairs, num_carried, rows_per_unit, CARRIED_ROWS, dict(changes))
+    return Division(
+        fresh, pairs, num_carried, rows_per_unit, CARRIED_ROWS, dict(changes),
+        _save_replaced(replaced, is_fresh, rows_per_unit, scratch),
+    )  # fmt: skip
+
+
+def _save_replaced(
+    found: list[pa.Table], is_fresh: npt.NDArray[np.bool_], rows_per_unit: int, scratch: Path
+) -> Path | None:
+    """Writes some changed rows with the numbers of the units that caption them."""
+    rows = pa.concat_tables(found).sort_by("_image_row")
+    rows = rows.take(np.arange(0, len(rows), max(1, len(rows) // REPLACED))[:REPLACED])
+    if not rows.num_rows:
+        return None
+    units = (np.cumsum(is_fresh)[rows.column("_image_row").to_numpy()] - 1) // rows_per_unit
+    [path] = _save(scratch / "replaced", [rows.append_column("unit", pa.array(units))])
+    return path
 
 
 def _numbered(catalog: FrozenCatalog) -> Iterator[pa.Table]:
@@ -194,7 +220,8 @@ class _Match:
     """A bucket of the input beside the same ids of the previous run.
 
     old_rows: where the versions of each row of `new` are in `old`, [rows, versions]; of use only
-    where `is_carried`.
+    where `is_carried`; its first column where `is_changed`, if there is a version that both runs
+    have. first_version: its number in the settings.
     """
 
     new: pa.Table
@@ -203,6 +230,8 @@ class _Match:
     old_rows: npt.NDArray[np.int64]
     is_carried: npt.NDArray[np.bool_]
     is_locked: npt.NDArray[np.bool_]
+    is_changed: npt.NDArray[np.bool_]
+    first_version: int | None
     changes: Counter[str]
 
     @classmethod
@@ -213,7 +242,9 @@ class _Match:
         is_known = _mask(found.is_valid())
         at = found.fill_null(0).to_numpy().astype(np.int64) * each
         # a version that the previous run had not makes all its rows new
-        places = [previous.versions.index(v) for v in settings.versions if v in previous.versions]
+        shared = [v for v in settings.versions if v in previous.versions]
+        places = [previous.versions.index(version) for version in shared]
+        first_version = settings.versions.index(shared[0]) if shared else None
         old_rows = at[:, None] + np.array(places, np.int64)
         is_same = is_known & (len(places) == len(settings.versions))
         has_failed, has_caption = np.zeros_like(is_known), np.ones_like(is_known)
@@ -238,13 +269,29 @@ class _Match:
         }
         changes = Counter({kind: int(mask.sum()) for kind, mask in kinds.items()})
         changes["gone"] = len(ids) - int(is_known.sum())
-        return cls(new, old, settings, old_rows, is_carried, is_locked, changes)
+        return cls(
+            new, old, settings, old_rows, is_carried, is_locked, kinds["changed"], first_version,
+            changes,
+        )  # fmt: skip
 
     @property
     def rows_to_caption(self) -> npt.NDArray[np.int64]:
         """Their numbers in the input."""
         numbers: npt.NDArray[np.int64] = self.new.column("_image_row").to_numpy()
         return numbers[~self.is_carried & ~self.is_locked]
+
+    def replaced(self) -> pa.Table:
+        """Some of the changed rows that had a caption, with it, and their numbers in the input."""
+        empty = self.first_version is None
+        rows = np.flatnonzero(self.is_changed & (not empty))
+        old = self.old_rows[rows, 0] if not empty else rows
+        table = pa.table({
+            "_image_row": self.new.column("_image_row").take(rows),
+            "id": self.new.column("id").take(rows),
+            "caption": self.old.column("caption").take(old),
+            "version": pa.array([self.first_version or 0] * len(rows), pa.int64()),
+        })  # fmt: skip
+        return table.filter(pc.is_valid(table.column("caption"))).slice(0, REPLACED)
 
     def _kept(self) -> tuple[pa.Table, pa.Table]:
         """The input's rows that are carried over, and those with a caption that a person wrote."""

@@ -33,26 +33,39 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from stylegan.cards import data_card
 from stylegan.catalog import FrozenCatalog
 from stylegan.lock import Lock, LockError, cell
 from stylegan.parts import ERRORS, Settings, output_schema
 from stylegan.previous import Division, Previous, divide
 from stylegan.publish import read_latest, reading, set_latest
-from stylegan.report import data_card, write_report
+from stylegan.report import write_report
 from stylegan.storage import explain, patiently, resolve_filesystem, write_atomically
 
 THREADS = 16  # requests to the storage at a time
 CARRYING = 4  # units that are carried over at a time: each is in memory
+BINS = 20  # of the histogram of scores
+EXTREMES = 6  # captions of the lowest and of the highest scores that are shown
 
 
 class RunError(RuntimeError):
     """A run that cannot be completed now; the message says what the same command will do."""
+
+
+class Scored(NamedTuple):
+    """A caption by its place, in the order of scores."""
+
+    score: float
+    unit: int
+    id: str
+    style: str
 
 
 @dataclass(slots=True)
@@ -62,6 +75,8 @@ class Verification:
     wrong: unit → what is wrong with its part. rows, images: output and input rows of right parts.
     statuses, error_classes: output rows and failed images of each. seconds: work of each stage.
     review_reasons: output rows that need review for each reason; a row may have several.
+    scores: style → how many captions have a score in each twentieth of 0 … 1. lowest, highest: of
+    the scores of captions that this run made, each score once.
     """
 
     wrong: dict[int, str] = field(default_factory=dict)
@@ -72,6 +87,32 @@ class Verification:
     error_classes: Counter[str] = field(default_factory=Counter)
     seconds: Counter[str] = field(default_factory=Counter)
     review_reasons: Counter[str] = field(default_factory=Counter)
+    scores: dict[str, list[int]] = field(default_factory=dict)
+    lowest: list[Scored] = field(default_factory=list)
+    highest: list[Scored] = field(default_factory=list)
+
+    def add_scores(self, unit: int, rows: pa.Table) -> None:
+        """Counts the scores of a part and keeps its lowest and highest."""
+        ids, styles = rows.column("id"), np.array(rows.column("style").to_pylist())
+        scores = rows.column("caption_score").to_numpy()  # a null is NaN
+        scored = ~np.isnan(scores)
+        for style in map(str, np.unique(styles[scored])):
+            counts = np.histogram(scores[scored & (styles == style)], BINS, (0, 1))[0]
+            self.scores[style] = (counts + self.scores.get(style, 0)).tolist()
+        made = np.array(rows.column("status").to_pylist()) == "captioned"
+        candidates = np.flatnonzero(scored & made)
+        # captions that differ in the topic alone have one score: one of them is enough
+        first = candidates[np.unique(scores[candidates], return_index=True)[1]]
+        ends = {*first[:EXTREMES], *first[-EXTREMES:]}
+        here = [
+            Scored(float(scores[row]), unit, ids[row].as_py(), str(styles[row]))
+            for row in ends
+        ]
+        distinct: dict[float, Scored] = {}
+        for caption in sorted([*self.lowest, *self.highest, *here]):
+            distinct.setdefault(caption.score, caption)
+        ordered = list(distinct.values())
+        self.lowest, self.highest = ordered[:EXTREMES], ordered[-EXTREMES:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +235,25 @@ class Run:
         there = {_unit_of(name) for name in self._list("data")}
         return [unit for unit in range(self.num_units) if unit not in there]
 
+    def replaced(self) -> list[dict[str, str]]:
+        """Some changed rows with their caption in the previous run, `before`, and in this one,
+        `after`, where both have one and they differ. Asks for the plan and finished parts."""
+        if not self._exists("_plan/replaced.parquet"):
+            return []
+
+        def compare(old: dict[str, Any]) -> dict[str, str]:
+            rows = self._read(f"data/part-{old['unit']:05}.parquet", ["id", "style", "caption"])
+            first = rows.column("id").to_pylist().index(old["id"])
+            new = rows.slice(first + old["version"], 1).to_pylist()[0]
+            return {
+                "id": old["id"], "style": new["style"], "before": old["caption"],
+                "after": new["caption"],
+            }  # fmt: skip
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            pairs = list(pool.map(compare, self._read("_plan/replaced.parquet").to_pylist()))
+        return [pair for pair in pairs if pair["after"] not in (None, pair["before"])]
+
     # --- the end --------------------------------------------------------------------------------
 
     def set_aside_foreign(self) -> list[str]:
@@ -272,6 +332,7 @@ class Run:
             found.error_classes.update(failed.values())
             found.review_reasons.update(notes.pop("review_reasons", {}))
             found.seconds.update({k: v for k, v in notes.items() if k not in ("run", "unit")})
+            found.add_scores(unit, rows)
         return ""
 
     def discard(self, units: Iterable[int]) -> None:
@@ -344,7 +405,7 @@ class Run:
         return [info.path[len(base) + 1 :] for info in found if info.type == fs.FileType.File]
 
 
-_VERIFIED = ["id", "style", "status", "error_class", "needs_review"]
+_VERIFIED = ["id", "style", "status", "error_class", "needs_review", "caption_score"]
 
 
 @cache
@@ -505,7 +566,7 @@ def plan_run(
         patiently(uri, lambda: write_atomically(filesystem, target, data))
 
     with tempfile.TemporaryDirectory(prefix="stylegan-") as scratch:
-        division = Division(list(catalog.units), [], 0, catalog.rows_per_unit, 1, {})
+        division = Division.all_fresh(catalog)
         if previous is not None:
             base, name = previous.uri.rsplit("/", 1)
             with reading(base, name, settings.identity[:16]):
@@ -515,6 +576,8 @@ def plan_run(
         files = {f"unit-{unit:05}": file for unit, file in enumerate(division.fresh)}
         for unit, (file, part) in enumerate(division.carried, first):
             files |= {f"unit-{unit:05}": file, f"carried-{unit:05}": part}
+        if division.replaced:
+            files["replaced"] = division.replaced
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(upload, files, files.values()))
     plan: dict[str, Any] = {

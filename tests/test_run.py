@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
+from stylegan import cards
 from stylegan import lock as locks
-from stylegan import report
 from stylegan import run as runs
 from stylegan.catalog import OUTPUT_COLUMNS, FrozenCatalog, freeze_catalog, resolve_filesystem
 from stylegan.lock import Lock, LockError
@@ -92,7 +92,7 @@ def put(run: Run, name: str, data: bytes) -> None:
 
 
 def test_all_agree_on_the_columns() -> None:
-    assert tuple(OUTPUT.names) == tuple(OUTPUT_COLUMNS) == tuple(report.COLUMNS)
+    assert tuple(OUTPUT.names) == tuple(OUTPUT_COLUMNS) == tuple(cards.COLUMNS)
 
 
 @pytest.mark.parametrize(
