@@ -6,7 +6,8 @@ of the batch, and each row draws from its own random stream.
 
 A candidate is kept when it obeys the rules (`rules.py`): it names the product, contradicts nothing
 that is known of it, is sayable by a shop, has no word that people do not use and is no sentence
-of the training text; else the next one is drawn. When all fail, the one that breaks them least is
+of the training text; else the next one is drawn. Where none names the product, some are made to
+begin with its name. When all fail, the one that breaks them least is
 delivered and marked for review. The discriminator scores what is delivered, and chooses where
 several candidates are asked for. Brand rules (`brand.py`) are kept while a caption is written:
 a token that would complete a forbidden phrase is not drawn. They are checked on what is delivered.
@@ -50,6 +51,7 @@ _FILES = ("config.json", "generation_config.json", "model.safetensors", "tokeniz
 SEEN = "training_text.safetensors"  # numbers of sentences and words, no text
 SURE = 0.9  # probability from which on a colour that was only seen may be said
 REFUSALS = 16  # tokens in a row that complete what is forbidden; then the candidate is given up
+OPENED = 4  # candidates that begin with the product's name, where none of the others named it
 PERSISTENCE = 2  # times as many candidates are drawn where only the shop's rules stood in the way
 
 # an image as bytes, a path, a PIL image or an array [H, W, 3] uint8; None with a description
@@ -494,9 +496,15 @@ class Captioner:
                 streams = [
                     np.random.Generator(np.random.Philox(key=[seeds[i], attempt])) for i in tile
                 ]
+                openings = {
+                    row: self._opening(encoding.known[row], encoding.concepts[row])
+                    for row in tile
+                    if attempt >= usual and "unnamed" in best[row].faults
+                }
                 generated = self._generate(
-                    tile, style, encoding.features, encoding.known, streams, decoding, limits
-                )
+                    tile, style, encoding.features, encoding.known, streams, decoding, limits,
+                    openings,
+                )  # fmt: skip
                 candidates = [
                     self._judge(written, encoding.concepts[row], limits[row])
                     for row, written in zip(tile, generated, strict=True)
@@ -516,7 +524,15 @@ class Captioner:
                         best[row] = candidate
             pending = [row for row in pending if obeying[row] < decoding.best_of]
             if attempt >= usual - 1:
-                pending = [row for row in pending if row in promising and not obeying[row]]
+                pending = [
+                    row
+                    for row in pending
+                    if not obeying[row]
+                    and (
+                        row in promising
+                        or (attempt < usual - 1 + OPENED and "unnamed" in best[row].faults)
+                    )
+                ]
         if not choosing:
             for start in range(0, len(rows), TILE):
                 tile = rows[start : start + TILE]
@@ -524,6 +540,15 @@ class Captioner:
                 for row, score in zip(tile, scores, strict=False):
                     best[row] = replace(best[row], score=score)
         return best
+
+    def _opening(self, description: str, concepts: Concepts) -> list[int]:
+        """Tokens of "this watch" or "these shoes", as the description names its product."""
+        mentions = corpora.lexicon().mentions(description)
+        nouns = [m.form for m in mentions if m.types & concepts.head]
+        if not nouns:
+            return []
+        word = "these" if corpora.is_many(nouns[-1]) else "this"
+        return list(self.tokenizer.encode(f"{word} {nouns[-1]}").ids)
 
     def _judge(self, written: _Generated, concepts: Concepts, limits: _Limits) -> _Candidate:
         """What would be delivered of a text, and the rules that this breaks."""
@@ -555,9 +580,10 @@ class Captioner:
     def _generate(
         self, rows: list[int], style: str, features: dict[int, Tensor], known: dict[int, str],
         streams: Sequence[np.random.Generator | None], decoding: Decoding,
-        limits: dict[int, _Limits] | None = None,
+        limits: dict[int, _Limits] | None = None, openings: dict[int, list[int]] | None = None,
     ) -> list[_Generated]:  # fmt: skip
-        """One tile. A row without a stream is decoded greedily, with zero noise."""
+        """One tile. A row without a stream is decoded greedily, with zero noise. openings: row →
+        tokens that its text begins with."""
         config = self.generator.config
         longest = decoding.max_new_tokens
         image = torch.zeros(TILE, config.image_length, self.generator.projector[0].in_features)
@@ -587,9 +613,14 @@ class Captioner:
         watch = _Watch(self.tokenizer, [limits[row] for row in rows] if limits else [])
 
         def choose(log_probs_BV: Tensor, step: int) -> Tensor:
-            return watch.choose(
-                log_probs_BV, lambda p_BV: _draw(p_BV, draws[:, step], greedy, decoding)
-            )
+            def draw(p_BV: Tensor) -> Tensor:
+                tokens_B = _draw(p_BV, draws[:, step], greedy, decoding)
+                for slot, row in enumerate(rows):
+                    if step < len(opening := (openings or {}).get(row, [])):
+                        tokens_B[slot] = opening[step]
+                return tokens_B
+
+            return watch.choose(log_probs_BV, draw)
 
         ids_BT, scores_BT = self.generator.sample(prefix, mask, choose, longest, idle)
         tokens, log_probabilities = ids_BT.tolist(), scores_BT.tolist()

@@ -411,7 +411,8 @@ def couple(
     return chances
 
 
-def _is_many(form: str) -> bool:
+def is_many(form: str) -> bool:
+    """Whether a noun is a plural, by its form."""
     return form.endswith("s") and not form.endswith("ss")
 
 
@@ -419,7 +420,7 @@ def _said_of(pair: _Pair, kind: str) -> str:
     """The sentence with another kind in the place of its own; verbs and articles follow."""
     before: str | None = pair.text[: pair.main.start]
     after = pair.text[pair.main.end :]
-    if _is_many(kind) and not _is_many(pair.main.form):
+    if is_many(kind) and not is_many(pair.main.form):
         before, after = _to_plural(pair.text[: pair.main.start], after)
     article = "an " if kind[0] in "aeiou" else "a "
     return re.sub(r"\b(a|an) $", article, before or "") + kind + after
@@ -552,11 +553,11 @@ class PseudoPairs:
         elif set(kinds) & words.praised and len(text.split()) <= LONGEST_PRAISE:
             others |= words.wearable
         many = _to_plural(text[: main.start], text[main.end :])[0] is not None
-        from_many = _is_many(main.form)
+        from_many = is_many(main.form)
         return frozenset(
             kind
             for kind in others
-            if kind in self.by_kind and (not from_many if not _is_many(kind) else from_many or many)
+            if kind in self.by_kind and (not from_many if not is_many(kind) else from_many or many)
         )
 
     def paired_example(self, style: str, random: np.random.Generator) -> Example:

@@ -49,6 +49,18 @@ def test_a_caption_depends_on_its_row_alone(captioner: Captioner) -> None:
     assert len({caption.text for caption in together}) > 60
 
 
+def test_the_product_is_named_in_any_case(captioner: Captioner) -> None:
+    """An untrained model never hits on it: then its captions begin with it."""
+    descriptions = ["Black watch for men", "Blue shoes", "Levis Men Belt", "a thing"] * 4
+    captions = captioner.caption([None] * 16, descriptions=descriptions, seed=list(range(16)))
+    texts = [caption.text or "" for caption in captions]
+    assert all("watch" in text for text in texts[::4])
+    assert all("shoe" in text for text in texts[1::4])
+    assert all("belt" in text for text in texts[2::4])
+    assert sum(text.startswith("These shoes") for text in texts) >= 2
+    assert all(caption.needs_review for caption in captions[::4]) or len(set(texts)) > 8
+
+
 def test_the_number_of_threads_changes_nothing(captioner: Captioner) -> None:
     images, threads = noise_images(8, captioner.image_size), torch.get_num_threads()
     try:
