@@ -66,8 +66,9 @@ def write_report(filesystem: fs.FileSystem, run: str, summary: Mapping[str, Any]
         lowest = scores["lowest"]
         highest = [scored for scored in scores["highest"] if scored not in lowest]
         extremes = {
-            "Lowest scores": _scored(pictures, lowest), "Highest scores": _scored(pictures, highest)
-        }  # fmt: skip
+            "Lowest scores of this run": _scored(pictures, lowest),
+            "Highest scores of this run": _scored(pictures, highest),
+        }
     page = render(
         "report.html.j2", {"duration": duration, "price": price},
         summary=summary,

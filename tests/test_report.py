@@ -206,7 +206,7 @@ def test_a_resumed_run_says_what_its_speed_is_of(tmp_path: Path) -> None:
     summary["configuration"]["pool"] = None
     html = report_of(tmp_path, summary)
     assert "This run was interrupted and resumed." in html
-    assert "<dt>Images per second</dt><dd>–</dd>" in html
+    assert "<dt>Images/s</dt><dd>–</dd>" in html
     assert ">bottleneck<" not in html
 
 
@@ -271,7 +271,7 @@ def test_scores_and_the_captions_at_their_ends(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert len(shares) == 20
     texts = [text for text in Page(html).texts if text]
-    low, high = texts.index("Lowest scores"), texts.index("Highest scores")
+    low, high = texts.index("Lowest scores of this run"), texts.index("Highest scores of this run")
     assert [t for t in texts[low:high] if "aption" in t] == ["Caption 0!", "Caption 1!"]
     assert "Another of 0." not in texts[low:]  # another style's caption of the image
     assert [t for t in texts[high : texts.index("Failures")] if "aption" in t] == ["Caption 3!"]
