@@ -591,7 +591,7 @@ def _complete(
     started, began = datetime.now(UTC), time.monotonic()
     pool: Pool | None = None
     seconds: Counter[str] = Counter()
-    images, captioning = 0, 0.0
+    images, captioning, rate = 0, 0.0, None
     foreign: list[str] = []
     limit = _Failures(run, config.max_failed_share)
     limit.discard()
@@ -620,7 +620,7 @@ def _complete(
                     limit.add(receipt["failed"])
                     images += run.unit_rows(receipt["unit"])
                     seconds.update({stage: receipt[stage] for stage in STAGES})
-            captioning += time.monotonic() - since
+            captioning, rate = captioning + time.monotonic() - since, progress.rate or rate
         lock.check(now=True)
         foreign += run.set_aside_foreign()
         found = run.verify()
@@ -639,7 +639,7 @@ def _complete(
         _say(f"{name} is no part of this run; it was moved to _foreign/")
     session = time.monotonic() - began
     busy = _busy_shares(seconds, pool, captioning) if pool else {}
-    cost = None if config.price_per_hour is None else session / 3600 * config.price_per_hour
+    per_hour = config.price_per_hour
     summary = {
         "run_id": run.run_id,
         "identity": run.settings.identity,
@@ -668,9 +668,11 @@ def _complete(
             "images_per_second_per_actor": (
                 round(images / seconds["caption"], 2) if seconds["caption"] else None
             ),
-            "cost_this_session": None if cost is None else round(cost, 4),
+            # the start left out, as the progress line has it
+            "images_per_second_at_work": rate and round(rate, 2),
+            "cost_this_session": None if per_hour is None else round(session / 3600 * per_hour, 4),
             "cost_per_million": (
-                round(cost / images * 1e6, 2) if cost is not None and images else None
+                round(per_hour / 3600 / rate * 1e6, 2) if per_hour is not None and rate else None
             ),
             "failed_share": round(sum(found.error_classes.values()) / found.images, 4),
         },

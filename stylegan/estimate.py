@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from stylegan.cluster import Pool
-from stylegan.pages import spread
-from stylegan.report import duration
+from stylegan.pages import duration, price, spread
 
 SAMPLE = 128  # rows that are read and captioned, or fewer
 SAMPLE_UNITS = 8  # that they are taken from
@@ -85,16 +84,11 @@ class Pace:
         ]  # fmt: skip
 
 
-def say_price(price: float) -> str:
-    """In hundredths, or to two digits where it is less than one."""
-    return f"{price:,.2f}" if price >= 1 else f"{price:.2g}"
-
-
-def say_times(seconds: Sequence[float], start: float, images: int, price: float | None) -> str:
+def say_times(seconds: Sequence[float], start: float, images: int, per_hour: float | None) -> str:
     """Lines on speed, time and cost. seconds: at least, likely, at most, without the start.
 
-    start: seconds until the first image was captioned, without START. price: of an hour of all
-    machines.
+    start: seconds until the first image was captioned, without START. per_hour: the price of
+    all machines.
     """
 
     def between(low: str, likely: str, high: str) -> str:
@@ -107,7 +101,7 @@ def say_times(seconds: Sequence[float], start: float, images: int, price: float 
         f"speed       {between(*speeds)} images/s",
         f"time        {between(*map(duration, whole))}, {duration(starts[1])} of it to start",
     ]
-    if price is not None:
-        costs = [say_price(value / 3600 * price) for value in whole]
-        lines.append(f"cost        {between(*costs)} at {price:g} an hour")
+    if per_hour is not None:
+        costs = [price(value / 3600 * per_hour) for value in whole]
+        lines.append(f"cost        {between(*costs)} at {per_hour:g} an hour")
     return "\n".join(lines)

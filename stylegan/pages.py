@@ -71,3 +71,17 @@ def spread(count: int, wanted: int) -> list[int]:
     """Up to `wanted` of the numbers 0 … count - 1, evenly spaced, the first among them."""
     wanted = min(count, wanted)
     return [index * count // wanted for index in range(wanted)]
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, as exact as is of use."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
+
+
+def price(amount: float) -> str:
+    """In hundredths, or to two digits where it is less than one."""
+    return f"{amount:,.2f}" if amount >= 1 else f"{amount:.2g}"

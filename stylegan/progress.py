@@ -29,11 +29,17 @@ class Progress:
         if self._is_live:
             self._show()
 
+    @property
+    def rate(self) -> float | None:
+        """Images per second since the first unit was written; None before the second."""
+        if self._began is None or self.done <= self._before:
+            return None
+        return (self.done - self._before) / max(time.monotonic() - self._began, 1e-3)
+
     def line(self) -> str:
         """Images done and in all, share, rate, failures, time left."""
         text = f"{self.done:,} of {self.total:,} images  {self.done / self.total:.0%}"
-        if self._began is not None and self.done > self._before:
-            rate = (self.done - self._before) / max(time.monotonic() - self._began, 1e-3)
+        if (rate := self.rate) is not None:
             left = int((self.total - self.done) / rate)
             clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
             text += f"  {rate:,.1f} images/s  {clock} left"

@@ -14,7 +14,7 @@ from pyarrow import fs
 
 from stylegan.catalog import read_image
 from stylegan.images import IsolatedDecoder
-from stylegan.pages import THUMBNAIL, render, spread, thumbnail
+from stylegan.pages import THUMBNAIL, duration, price, render, spread, thumbnail
 
 NUM_CARDS = 60  # images on the page
 CARD_UNITS = 12  # parts that they are taken from; each is one request for rows and one for images
@@ -53,19 +53,24 @@ def write_report(filesystem: fs.FileSystem, run: str, summary: Mapping[str, Any]
     run: the directory's path in the file system. Thumbnails are made from the images that the run's
     plan refers to. An image that is gone by now leaves its place empty.
     """
-    counts = summary["counts"]
+    counts, changes = summary["counts"], summary.get("changes")
+    num_fresh = counts["images"]
+    if changes:
+        num_fresh = sum(changes[kind] for kind in ("new", "changed", "retried"))
     seconds = {stage: summary["seconds_per_stage"].get(stage, 0.0) for stage in STAGES}
     scores = summary.get("scores") or {"counts": {}, "lowest": [], "highest": []}
     with IsolatedDecoder() as decoder, ThreadPoolExecutor(8) as threads:
-        pictures = _Pictures(filesystem, run, decoder, threads)
+        has_fresh = bool(counts["statuses"].get("captioned"))
+        pictures = _Pictures(filesystem, run, decoder, threads, has_fresh)
         cards = list(_cards(pictures))
         lowest = scores["lowest"]
         highest = [scored for scored in scores["highest"] if scored not in lowest]
         extremes = {
-            "Lowest scores": _scored(pictures, lowest), "Highest scores": _scored(pictures, highest)
-        }  # fmt: skip
+            "Lowest scores of this run": _scored(pictures, lowest),
+            "Highest scores of this run": _scored(pictures, highest),
+        }
     page = render(
-        "report.html.j2", {"duration": duration},
+        "report.html.j2", {"duration": duration, "price": price},
         summary=summary,
         comparison=_comparison(summary),
         cost=summary["rates"].get("cost_this_session"),
@@ -73,10 +78,12 @@ def write_report(filesystem: fs.FileSystem, run: str, summary: Mapping[str, Any]
         per_actor=summary["rates"].get("images_per_second_per_actor"),
         busy=summary.get("busy_shares"),
         cards=cards,
+        has_fresh=has_fresh,
         scores={style: _histogram(counts) for style, counts in scores["counts"].items()},
         extremes=extremes,
         has_styles=len(summary["settings"]["styles"]) > 1,
         failures=_failures(filesystem, run, counts["error_classes"]),
+        num_fresh=num_fresh,
         num_failed=sum(counts["error_classes"].values()),
         review_reasons=counts.get("review_reasons", {}),
         seconds=seconds,
@@ -98,18 +105,22 @@ def _comparison(summary: Mapping[str, Any]) -> dict[str, Any] | None:
     old, new, changes = summary.get("previous_counts"), summary["counts"], summary.get("changes")
     if not old or not changes:
         return None
-    names = sorted({*old["statuses"], *new["statuses"]})
+    classes = {**new["error_classes"], **old["error_classes"]}
     pairs = {
-        "images": (old["images"], new["images"]),
-        **{f"rows {name}": (old["statuses"].get(name, 0), new["statuses"].get(name, 0))
-           for name in names},
-        "rows that need review": (old["needs_review"], new["needs_review"]),
-        "failed images": tuple(sum(counts["error_classes"].values()) for counts in (old, new)),
-    }  # fmt: skip
-    failed = pairs["failed images"][1] - changes.get("still_failed", 0)
+        "images": [counts["images"] for counts in (old, new)],
+        "rows with a caption": [
+            counts["rows"] - counts["statuses"].get("failed", 0) for counts in (old, new)
+        ],
+        "rows that need review": [counts["needs_review"] for counts in (old, new)],
+        **{
+            f"failed images: {name}": [c["error_classes"].get(name, 0) for c in (old, new)]
+            for name in classes
+        },
+    }
+    failed = sum(new["error_classes"].values()) - changes.get("still_failed", 0)
     return {
-        "changes": {name: changes.get(name, 0) for name in CHANGES} | {"failed now": failed},
-        "counts": {name: (old, new, new - old) for name, (old, new) in pairs.items()},
+        "changes": {name: changes.get(name, 0) for name in CHANGES} | {"newly failed": failed},
+        "counts": {name: (a, b, b - a) for name, (a, b) in pairs.items()},
         "replaced": summary.get("replaced", []),
     }
 
@@ -121,15 +132,6 @@ def _histogram(counts: Sequence[int]) -> list[dict[str, Any]]:
         {"low": number * width, "high": (number + 1) * width, "count": count, "share": count / most}
         for number, count in enumerate(counts)
     ]
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words, as exact as is of use."""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
 
 
 def _parts(filesystem: fs.FileSystem, folder: str) -> list[str]:
@@ -152,18 +154,20 @@ _COLUMNS = ["id", "caption", "style", "caption_score", "description", "status", 
 
 @dataclass(frozen=True, slots=True)
 class _Pictures:
-    """Makes cards of the rows of a run's parts."""
+    """Makes cards of the rows of a run's parts. fresh_only: of what was not carried over."""
 
     filesystem: fs.FileSystem
     run: str
     decoder: IsolatedDecoder
     threads: ThreadPoolExecutor
+    fresh_only: bool
 
     def cards(self, part: str, which: str | int) -> Iterator[Card]:
         """Cards of images of a part that have a caption: of an id, or so many, spread evenly."""
         images: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for row in _read(self.filesystem, f"{self.run}/data/{part}", _COLUMNS):
-            if row["caption"] is not None:
+            is_fresh = row["status"] != "carried_over"
+            if row["caption"] is not None and (is_fresh or not self.fresh_only):
                 images[row["id"]].append(row)
         picked = [which] if isinstance(which, str) else list(images)
         if isinstance(which, int):

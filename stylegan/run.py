@@ -52,7 +52,7 @@ from stylegan.storage import explain, patiently, resolve_filesystem, write_atomi
 THREADS = 16  # requests to the storage at a time
 CARRYING = 4  # units that are carried over at a time: each is in memory
 BINS = 20  # of the histogram of scores
-EXTREMES = 6  # captions of the lowest and of the highest scores that are shown
+EXTREMES = 8  # captions of the lowest and of the highest scores that are shown
 
 
 class RunError(RuntimeError):

@@ -137,7 +137,15 @@ def test_the_summary_counts_what_is_there(quiet: Path) -> None:
     assert sum(counts["error_classes"].values()) == counts["statuses"]["failed"] == 21
     assert summary["configuration"]["batch_size"] is None and summary["versions"]["ray"]
     assert set(summary["seconds_per_stage"]) == {"read", "decode", "caption", "write"}
-    assert summary["bottleneck"] in summary["seconds_per_stage"]
+    busy = summary["busy_shares"]
+    assert summary["bottleneck"] == max(busy, key=busy.__getitem__) and max(busy.values()) <= 1
+    rates = summary["rates"]
+    assert rates["images_per_second_at_work"] and rates["images_per_second_per_actor"] > 0
+    assert rates["cost_this_session"] is rates["cost_per_million"] is None  # there is no price
+    scored = sorted(row["caption_score"] for row in rows if row["caption_score"] is not None)
+    scores = summary["scores"]
+    assert sum(scores["counts"]["colloquial"]) == len(scored) > 0
+    assert (scores["lowest"][0]["score"], scores["highest"][0]["score"]) == (scored[0], scored[-1])
     assert Path(path, "_SUCCESS").read_text() == summary["identity"]
     assert sorted(os.listdir(quiet)) == ["latest", Path(path).name]  # no lock
     assert Path(quiet, "latest").read_text() == f"{Path(path).name}\n"

@@ -280,6 +280,36 @@ def test_only_what_changed_is_captioned(place: str, tmp_path: Path) -> None:
     assert finish(fourth, output) == ["0010"] and spoken(fourth) == shop.captions()
 
 
+def test_what_changed_rows_said_before_is_kept_for_the_report(tmp_path: Path) -> None:
+    shop, output = Shop(str(tmp_path), 20), str(tmp_path / "captions")
+    shop.photograph("0004", b"broken")
+    finish(plan(shop, output, scratch=tmp_path), output)
+    before = shop.captions()
+    for row_id, photo in (("0001", b"another"), ("0002", b"broken"), ("0004", b"whole")):
+        shop.photograph(row_id, photo)
+    shop.rows["0011"]["description"] = "Red skirt"
+    shop.add("new")
+
+    def replaced(run: Run) -> dict[str, tuple[str, str, str]]:
+        write_fresh(run)
+        return {r["id"]: (r["style"], r["before"], r["after"]) for r in run.replaced()}
+
+    second = plan(shop, output, scratch=tmp_path)
+    now = shop.captions()
+    assert replaced(second) == {
+        row_id: ("colloquial", *(said[row_id, "colloquial", 0] for said in (before, now)))
+        for row_id in ("0001", "0011")
+    }
+    # all are changed by a style that is new: the one that both runs have is compared
+    other = plan(shop, output, replace(BASE, styles=("humorous", "formal")), scratch=tmp_path)
+    assert replaced(other) == {
+        row_id: ("formal", *(said[row_id, "formal", 0] for said in (before, now)))
+        for row_id in ("0001", "0011")
+    }
+    none = plan(shop, output, replace(BASE, styles=("humorous",)), scratch=tmp_path)
+    assert none.changes and none.changes["changed"] == 20 and replaced(none) == {}
+
+
 def test_what_failed_is_tried_again_when_asked(place: str, tmp_path: Path) -> None:
     shop, output = Shop(place, 60), f"{place}/captions"
     shop.photograph("0007", b"broken")

@@ -337,6 +337,11 @@ def test_nights(
         "gone": 1,
     }  # fmt: skip
     assert {i for i, row in third.items() if row["status"] == "captioned"} == {"002", "027"}
+    told = summary(output)
+    assert told["previous_counts"]["statuses"] == {"carried_over": 72, "failed": 7, "locked": 1}
+    [pair] = told["replaced"]
+    assert pair == {"id": "002", "style": "colloquial", "before": old["002"]["caption"],
+                    "after": third["002"]["caption"]}  # fmt: skip
     assert Counter(row["status"] for row in third.values())["failed"] == 6
     # and every caption is the one that a run over everything writes
     assert main(real(own_shop, model, tmp_path / "whole")) == 0

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -205,7 +206,7 @@ def test_a_resumed_run_says_what_its_speed_is_of(tmp_path: Path) -> None:
     summary["configuration"]["pool"] = None
     html = report_of(tmp_path, summary)
     assert "This run was interrupted and resumed." in html
-    assert "<dt>Images per second</dt><dd>–</dd>" in html
+    assert "<dt>Images/s</dt><dd>–</dd>" in html
     assert ">bottleneck<" not in html
 
 
@@ -219,3 +220,73 @@ def test_failures_are_counted_and_shown_by_class(tmp_path: Path) -> None:
     assert "and 4 more" in page.texts
     assert "this is an HTML page" in page.texts
     assert "No row of this run has a caption." in page.texts
+
+
+def test_what_changed_is_beside_what_was(tmp_path: Path) -> None:
+    rows = [captioned("1", "New!"), captioned("2", "Kept.", status="carried_over")]
+    rows += [failed("3", "gone", "no file"), failed("4", "gone", "no file")]
+    write_run(tmp_path, [rows])
+    before = {"images": 3, "rows": 3, "statuses": {"captioned": 2, "failed": 1},
+              "error_classes": {"truncated": 1}, "needs_review": 2}  # fmt: skip
+    changes = {"carried_over": 1, "still_failed": 1, "locked": 0, "new": 1, "changed": 1,
+               "retried": 0, "gone": 5}  # fmt: skip
+    pairs = [{"id": f"id {HOSTILE}", "style": "colloquial", "before": f"before {HOSTILE}",
+              "after": f"after {HOSTILE}"}]  # fmt: skip
+    summary = summary_of(
+        rows, 4, previous="run=then", previous_counts=before, changes=changes, replaced=pairs
+    )
+    summary["rates"]["images_this_session"] = 2
+    html = report_of(tmp_path, summary)
+    page = Page(html)
+    texts = [text for text in page.texts if text]
+    start = texts.index("Since run=then")
+    assert texts[start + 1 : start + 17] == [
+        "New", "1", "Changed", "1", "Retried", "0", "Carried over", "1", "Still failed", "1",
+        "Locked", "0", "Gone", "5", "Newly failed", "1",
+    ]  # fmt: skip
+    assert texts[start + 17 : start + 40] == [
+        "run=then", "this run", "difference", "images", "3", "4", "+1", "rows with a caption", "2",
+        "2", "=", "rows that need review", "2", "0", "-2", "failed images: gone", "0", "2", "+2",
+        "failed images: truncated", "1", "0", "-1",
+    ]  # fmt: skip
+    assert {f"{name} {HOSTILE}" for name in ("id", "before", "after")} <= set(texts)
+    assert "script" not in page.tags and "interrupted" not in html
+    # what was not opened is not shown beside what was
+    assert "1 images that this run captioned, spread evenly over the run." in texts
+    assert "New!" in texts and "Kept." not in texts
+
+
+def test_scores_and_the_captions_at_their_ends(tmp_path: Path) -> None:
+    rows = [captioned(str(n), f"Caption {n}!", caption_score=n / 8) for n in range(4)]
+    rows.append(captioned("0", "Another of 0.", caption_score=0.9, style="humorous"))
+    write_run(tmp_path, [rows])
+    ends = [{"score": n / 8, "unit": 0, "id": str(n), "style": "colloquial"} for n in (0, 1, 3)]
+    counts = {"colloquial": [1, 3] + [0] * 18}
+    scores = {"counts": counts, "lowest": ends[:2], "highest": [ends[2], ends[1]]}
+    html = report_of(tmp_path, summary_of(rows, 4, scores=scores))
+    shares = re.findall(r'<i style="height: ([\d.]+)%" title="([^"]+)"', html)
+    assert shares[:3] == [
+        ("33.3", "0.00 to 0.05: 1 captions"), ("100.0", "0.05 to 0.10: 3 captions"),
+        ("0.0", "0.10 to 0.15: 0 captions"),
+    ]  # fmt: skip
+    assert len(shares) == 20
+    texts = [text for text in Page(html).texts if text]
+    low, high = texts.index("Lowest scores of this run"), texts.index("Highest scores of this run")
+    assert [t for t in texts[low:high] if "aption" in t] == ["Caption 0!", "Caption 1!"]
+    assert "Another of 0." not in texts[low:]  # another style's caption of the image
+    assert [t for t in texts[high : texts.index("Failures")] if "aption" in t] == ["Caption 3!"]
+
+
+def test_cost_is_shown_where_there_is_a_price(tmp_path: Path) -> None:
+    rows = [captioned("1", "Nice!")]
+    write_run(tmp_path, [rows])
+    summary = summary_of(rows, 1, busy_shares={"caption": 0.934})
+    assert "Cost" not in Page(report_of(tmp_path, summary)).texts
+    summary["rates"] |= {"cost_this_session": 0.01234, "cost_per_million": 1234.5,
+                         "images_per_second_per_actor": 8.25}  # fmt: skip
+    html = report_of(tmp_path, summary)
+    texts = [text for text in Page(html).texts if text]
+    assert texts[texts.index("Cost") : texts.index("Cost") + 4] == [
+        "Cost", "0.012", "Per million images", "1,234.50",
+    ]  # fmt: skip
+    assert "busiest: caption, 93% of the time. One captioner writes for 8.2 images a" in html

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -273,6 +275,50 @@ def summary(run: Run) -> dict[str, Any]:
                      "best_of": None},
         "input": {"digest": "d", "rows": 70, "units": 3},
     }  # fmt: skip
+
+
+def test_scores_are_counted_and_their_ends_kept_in_whatever_order_parts_come() -> None:
+    random = np.random.default_rng(0)
+    parts = {}
+    for unit in range(5):
+        scores = np.float32((random.integers(0, 40, 30) + 0.5) / 40)  # some of them equal
+        parts[unit] = pa.table({
+            "id": [f"{unit}-{row}" for row in range(30)],
+            "style": ["colloquial", "formal", "humorous"] * 10,
+            "status": (["captioned"] * 5 + ["carried_over"]) * 5,
+            "caption_score": pa.array(
+                [None if row % 3 == 1 else score for row, score in enumerate(scores)], pa.float32()
+            ),
+        })  # fmt: skip
+    rows = [row | {"unit": unit} for unit, part in parts.items() for row in part.to_pylist()]
+    made = [row for row in rows if row["caption_score"] is not None]
+    first: dict[float, Any] = {}
+    for row in sorted(made, key=lambda row: (row["caption_score"], row["unit"])):
+        if row["status"] == "captioned":
+            first.setdefault(row["caption_score"], row)
+    found = []
+    for order in (range(5), [3, 1, 4, 0, 2]):
+        verification = runs.Verification()
+        for unit in order:
+            verification.add_scores(unit, parts[unit])
+        found.append((verification.scores, verification.lowest, verification.highest))
+    assert found[0] == found[1]
+    counts, lowest, highest = found[0]
+    assert {style: sum(numbers) for style, numbers in counts.items()} == Counter(
+        row["style"] for row in made
+    )
+    assert counts["humorous"][19] == sum(
+        row["caption_score"] >= 0.95 for row in made if row["style"] == "humorous"
+    )
+    distinct = list(first.values())
+    ends = (lowest, distinct[: runs.EXTREMES]), (highest, distinct[-runs.EXTREMES :])
+    for kept, expected in ends:
+        assert [(k.score, k.unit) for k in kept] == [
+            (row["caption_score"], row["unit"]) for row in expected
+        ]
+    empty = runs.Verification()
+    empty.add_scores(0, parts[0].slice(0, 0))
+    assert (empty.scores, empty.lowest, empty.highest) == ({}, [], [])
 
 
 def test_a_published_run_is_found_as_finished_and_has_no_plan(output: str, run: Run) -> None:
