@@ -49,16 +49,24 @@ def test_a_caption_depends_on_its_row_alone(captioner: Captioner) -> None:
     assert len({caption.text for caption in together}) > 60
 
 
-def test_the_product_is_named_in_any_case(captioner: Captioner) -> None:
-    """An untrained model never hits on it: then its captions begin with it."""
-    descriptions = ["Black watch for men", "Blue shoes", "Levis Men Belt", "a thing"] * 4
-    captions = captioner.caption([None] * 16, descriptions=descriptions, seed=list(range(16)))
-    texts = [caption.text or "" for caption in captions]
-    assert all("watch" in text for text in texts[::4])
-    assert all("shoe" in text for text in texts[1::4])
-    assert all("belt" in text for text in texts[2::4])
-    assert sum(text.startswith("These shoes") for text in texts) >= 2
-    assert all(caption.needs_review for caption in captions[::4]) or len(set(texts)) > 8
+def test_some_candidates_begin_with_the_product(
+    captioner: Captioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An untrained model hardly ever hits on it by itself."""
+    descriptions = ["Black watch for men", "Blue shoes", "Levis Men Belt"] * 8
+    nouns, openings = ["watch", "shoe", "belt"] * 8, ["This watch", "These shoes", "This belt"] * 8
+
+    def caption() -> list[str]:
+        captions = captioner.caption([None] * 24, descriptions=descriptions, seed=list(range(24)))
+        return [caption.text or "" for caption in captions]
+
+    texts = caption()
+    monkeypatch.setattr("stylegan.captioner.OPENED", 0)
+    before = sum(noun in text.lower() for noun, text in zip(nouns, caption(), strict=True))
+    after = sum(noun in text.lower() for noun, text in zip(nouns, texts, strict=True))
+    assert before < 6 and after >= 12
+    opened = [text.startswith(start) for start, text in zip(openings, texts, strict=True)]
+    assert sum(opened) >= 12 and any(opened[1::3])
 
 
 def test_the_number_of_threads_changes_nothing(captioner: Captioner) -> None:
