@@ -118,8 +118,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--images", metavar="URI", help="folder, glob, or manifest (CSV, JSON Lines, Parquet), on "
-        "disk or s3://; left out: the drawn sample catalogue")  # fmt: skip
+    add("--images", metavar="URI", help="folder, glob, manifest (CSV, JSON Lines, Parquet) or "
+        "shards (*.tar), on disk, s3:// or gs://; left out: the drawn sample catalogue")  # fmt: skip
     add("--output", metavar="URI", default="captions", help="directory that gets a run=… directory "
         "for this run (captions)")  # fmt: skip
     add("--model", metavar="URI", help="model directory; left out: the shipped model")

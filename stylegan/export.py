@@ -183,10 +183,12 @@ class _Images:
             contextlib.closing(sqlite3.connect(Path(scratch, "images"))) as database,
         ):
             database.execute("PRAGMA journal_mode = OFF")
-            database.execute("CREATE TABLE images (id TEXT PRIMARY KEY, data BLOB) WITHOUT ROWID")
+            database.execute("PRAGMA synchronous = OFF")
+            database.execute("CREATE TABLE images (id TEXT PRIMARY KEY, data BLOB)")
             try:
                 for rows in source.read_bytes(summary["input"]["rows"]):
                     database.executemany("INSERT INTO images VALUES (?, ?)", rows)
+                    database.commit()
             except (OSError, KeyError, pa.ArrowException, sqlite3.Error) as error:
                 raise ExportError(
                     f"the images are in {source.manifest}, which is gone or has changed: {error}"
@@ -253,13 +255,17 @@ def _write_hub(run: str, target: str, summary: Mapping[str, Any], images: _Image
     groups = cut(_with_images(run, images), rows_per_group, num_rows)
     written = 0
     for number in range(num_files):
-        with staged(f"{target}/data/train-{number:05}-of-{num_files:05}.parquet") as path:
-            inside = itertools.islice(groups, rows_per_file // rows_per_group)
-            first = next(inside)
-            with pq.ParquetWriter(path, first.schema, compression="zstd") as writer:
-                for group in itertools.chain([first], inside):
-                    writer.write_table(group, row_group_size=rows_per_group)
-                    written += group.num_rows
+        inside = itertools.islice(groups, rows_per_file // rows_per_group)
+        if (first := next(inside, None)) is None:
+            break
+        name = f"train-{number:05}-of-{num_files:05}.parquet"
+        with (
+            staged(f"{target}/data/{name}") as path,
+            pq.ParquetWriter(path, first.schema, compression="zstd") as writer,
+        ):
+            for group in itertools.chain([first], inside):
+                writer.write_table(group, row_group_size=rows_per_group)
+                written += group.num_rows
     if written != num_rows:
         raise ExportError(f"{run} has {written:,} of the {num_rows:,} rows it was published with")
     failed = {"rows that failed": summary["counts"]["statuses"].get("failed", 0)}
@@ -379,7 +385,7 @@ def _key(row_id: str, version: int | None) -> str:
     is safe of it, with a hash.
     """
     safe = re.sub(r"[^A-Za-z0-9_-]+", "_", row_id)[:80]
-    if safe == row_id and version is None and not re.search(r"-[0-9a-f]{16}$", safe):
+    if safe and safe == row_id and version is None and not re.search(r"-[0-9a-f]{16}$", safe):
         return safe
     digest = hashlib.sha256(json.dumps([row_id, version]).encode()).hexdigest()
     return f"{safe}-{digest[:16]}"
