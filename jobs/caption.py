@@ -119,7 +119,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
     )
     add = parser.add_argument
     add("--images", metavar="URI", help="folder, glob, manifest (CSV, JSON Lines, Parquet) or "
-        "shards (*.tar), on disk, s3:// or gs://; left out: the drawn sample catalogue")  # fmt: skip
+        "shards (*.tar), on disk, s3://, gs://; left out: the drawn sample catalogue")  # fmt: skip
     add("--output", metavar="URI", default="captions", help="directory that gets a run=… directory "
         "for this run (captions)")  # fmt: skip
     add("--model", metavar="URI", help="model directory; left out: the shipped model")

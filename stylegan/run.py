@@ -48,6 +48,7 @@ from stylegan.report import data_card, write_report
 from stylegan.storage import explain, patiently, resolve_filesystem, write_atomically
 
 THREADS = 16  # requests to the storage at a time
+UPLOAD_BYTES = 128 << 20  # of units in memory at a time, when they hold images
 CARRYING = 4  # units that are carried over at a time: each is in memory
 
 
@@ -505,7 +506,8 @@ def plan_run(
         files = {f"unit-{unit:05}": file for unit, file in enumerate(division.fresh)}
         for unit, (file, part) in enumerate(division.carried, first):
             files |= {f"unit-{unit:05}": file, f"carried-{unit:05}": part}
-        with ThreadPoolExecutor(THREADS) as pool:
+        largest = max(file.stat().st_size for file in files.values())
+        with ThreadPoolExecutor(max(1, min(THREADS, UPLOAD_BYTES // largest))) as pool:
             list(pool.map(upload, files, files.values()))
     plan: dict[str, Any] = {
         "num_rows": catalog.num_rows,

@@ -20,8 +20,9 @@ from test_shards import pack
 
 from jobs.caption import main
 from stylegan import publish
-from stylegan.catalog import fetch_image, resolve_filesystem
+from stylegan.catalog import fetch_image, freeze_catalog, resolve_filesystem
 from stylegan.lock import Lock, LockError
+from stylegan.storage import staged
 
 # Ray Data sets its own deprecated options when it copies them
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
@@ -56,7 +57,7 @@ def gs() -> Iterator[str]:
             server.wait()
 
 
-@pytest.fixture(params=["gs", pytest.param("fsspec", marks=pytest.mark.slow)])
+@pytest.fixture(params=["gs", "fsspec"])
 def place(request: pytest.FixtureRequest, gs: str, tmp_path: Path) -> str:
     if request.param == "gs":
         return f"{gs}/{tmp_path.name}"
@@ -71,6 +72,7 @@ def put(uri: str, data: bytes) -> None:
         stream.write(data)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gs", "local_ray")
 def test_images_model_and_output_elsewhere(
     place: str, shop: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -111,22 +113,34 @@ def test_images_model_and_output_elsewhere(
 
     # the second night: one shard is new, the other is known by size and time
     put(f"{place}/tars/a-2.tar", pack([("new.jpg", (shop.parent / "040.jpg").read_bytes())]))
-    assert main(night[:-3]) == 0
+    assert main([*night[:-3], "--keep-runs", "1"]) == 0
     second = publish.read_latest(f"{place}/captions")
     assert second != first
     with filesystem.open_input_stream(f"{root}/{second}/summary.json") as stream:
         changes = json.loads(stream.read())["changes"]
     assert (changes["carried_over"], changes["new"], changes["changed"]) == (35, 1, 0)
-    assert main([*night[:-3], "--keep-runs", "1"]) == 0
     assert publish.finished_runs(f"{place}/captions") == [second]
-    assert not list(tmp_path.glob("captions")) or place.startswith("local")
 
 
-def test_locks_and_missing_files_elsewhere(place: str) -> None:
-    filesystem, path = resolve_filesystem(f"{place}/runs/_LOCK-a")
-    with Lock.acquire(filesystem, path), pytest.raises(LockError, match=f"process {os.getpid()}"):
-        Lock.acquire(filesystem, path)
-    with Lock.acquire(filesystem, path) as lock:
-        lock.check(now=True)
+def test_shards_locks_and_missing_files_elsewhere(place: str, tmp_path: Path) -> None:
+    files = {f"{number}.jpg": bytes([number]) * (number * 700) for number in range(9)}
+    put(f"{place}/tars/a.tar", pack(files.items()))
+    found = freeze_catalog(f"{place}/tars", tmp_path / "units", identify="stamp")
+    rows = pq.read_table(found.units[0]).to_pylist()
+    images = [fetch_image(row["_image_uri"]) for row in rows]
+    assert [image.data for image in images] == list(files.values())
+    assert [image.stamp for image in images] == [row["_image_stamp"] for row in rows]
+
+    with staged(f"{place}/large/b.bin") as path:
+        path.write_bytes(b"0123456789" * 1_000_000)
+    filesystem, root = resolve_filesystem(place)
+    assert filesystem.get_file_info(f"{root}/large/b.bin").size == 10_000_000
+    lock = f"{root}/runs/_LOCK-a"
+    with (
+        Lock.acquire(filesystem, lock),
+        pytest.raises(LockError, match=f"process {os.getpid()}"),
+    ):
+        Lock.acquire(filesystem, lock)
+    assert filesystem.get_file_info(lock).type == fs.FileType.NotFound
     assert fetch_image(f"{place}/nothing.jpg").error_class == "gone"
     assert fetch_image(f"{place}/nothing.tar#bytes=0-1023").error_class == "gone"
