@@ -678,10 +678,10 @@ def _latest(output: str) -> str:
     return f"{output}/{name}"
 
 
-def _export(config: Config, run: str) -> None:
+def _export(config: Config, run: str) -> str:
     assert config.export
     target = config.export_to and _absolute_output(config.export_to, "--export-to")
-    print(export_run(run, config.export, target, with_images=config.export_images))
+    return export_run(run, config.export, target, with_images=config.export_images)
 
 
 def _absolute(path: str) -> str:
@@ -730,11 +730,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"latest is {publish.roll_back(output, config.rollback)} again")
             return 0
         if config.export and config.images is None:
-            _export(config, _latest(output))
+            print(_export(config, _latest(output)))
             return 0
         found = run_job(config)
-        if config.export:
-            _export(config, found.uri)
+        exported = _export(config, found.uri) if config.export else ""
         if config.keep_runs:
             for name in publish.prune(output, config.keep_runs, runs.lock_name):
                 _say(f"deleted {output}/{name}: --keep-runs {config.keep_runs}")
@@ -758,6 +757,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         _print_captions(found.run)
         print(f"\n{found.uri}")
+    if exported:
+        print(exported)
     return 0
 
 

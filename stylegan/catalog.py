@@ -173,7 +173,8 @@ def _freeze(
             attribute_columns,
         )  # fmt: skip
     finally:
-        index.unlink(missing_ok=True)
+        for path in destination.glob(f"{index.name}*"):
+            path.unlink()
 
 
 def _freeze_source(
@@ -340,7 +341,8 @@ def _open_source(images: str, limit: int | None, image_column: str | None, index
     if kind == fs.FileType.NotFound and len(series := expand_braces(root)) > 1:
         if not root.lower().endswith(".tar"):
             raise CatalogError(f"{images}: braces name a series of shards, *.tar; use a glob here")
-        named = [(posixpath.basename(shard), shard, _ask_stamp(shard) or "") for shard in series]
+        stamps = stamp_images(series)
+        named = [(shard, shard, stamp or "") for shard, stamp in zip(series, stamps, strict=True)]
         return _open_shards(images, named, limit, image_column, index)
     if kind == fs.FileType.NotFound and (wildcard := re.search(r"[*?[]", root)):
         cut = root.rindex("/", 0, wildcard.start()) + 1

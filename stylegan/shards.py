@@ -105,7 +105,7 @@ def index_shards(
     """
 
     def scan(shard: str) -> tuple[Path, int]:
-        lines = index.with_name(f"{index.name}.{os.path.basename(shard)}.{hash(shard):x}")
+        lines = index.with_name(f"{index.name}.{hash(shard):x}")
         return lines, patiently(shard, lambda: _scan(shard, lines, image_extension, limit))
 
     found = 0
