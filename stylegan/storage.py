@@ -177,6 +177,17 @@ _MAY_PASS: Final = (
 """Of network file systems and connections."""
 
 
+def names_below(uri: str) -> list[str]:
+    """Names of the files and folders right below a folder, sorted; none where it is not there."""
+    filesystem, root = resolve_filesystem(uri)
+    root = root.rstrip("/")
+    # pyarrow's listing of one level of Google's storage leaves out folders
+    is_flat = filesystem.type_name == "gcs"
+    selector = fs.FileSelector(root, allow_not_found=True, recursive=is_flat)
+    listing = patiently(uri, lambda: filesystem.get_file_info(selector))
+    return sorted({info.path[len(root) :].strip("/").partition("/")[0] for info in listing})
+
+
 # --- files --------------------------------------------------------------------------------------
 
 
