@@ -6,6 +6,7 @@
     python -m jobs.caption … --previous latest        every night: only what changed is captioned
     python -m jobs.caption … --dry-run                says what would be done, and how long it takes
     python -m jobs.caption --output … --rollback RUN  makes an older run the latest again
+    python -m jobs.caption --output … --export hub    the latest run as a data set, for others
 
 Each run is a directory `run=<UTC time>` below --output; its `data/` is the result, and the file
 `latest` names the run that was completed last. The same command again goes on with an unfinished
@@ -46,8 +47,16 @@ import stylegan
 from stylegan import cluster, parts, publish
 from stylegan import run as runs
 from stylegan.brand import BrandRules, BrandRulesError, term
-from stylegan.catalog import CatalogError, Fetched, fetch_image, freeze_catalog, list_stamps
+from stylegan.catalog import (
+    CatalogError,
+    Fetched,
+    FrozenCatalog,
+    fetch_image,
+    freeze_catalog,
+    list_stamps,
+)  # fmt: skip
 from stylegan.cluster import ClusterError, Pool
+from stylegan.export import KINDS, ExportError, export_run
 from stylegan.images import IsolatedDecoder
 from stylegan.lock import RAY_JOB, Lock, LockError
 from stylegan.parts import OUTPUT, Settings
@@ -99,6 +108,9 @@ class Config:
     rollback: str | None
     dry_run: bool
     price_per_hour: float | None
+    export: str | None
+    export_images: bool
+    export_to: str | None
 
 
 class InputError(ValueError):
@@ -113,8 +125,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--images", metavar="URI", help="folder, glob, or manifest (CSV, JSON Lines, Parquet), on "
-        "disk or s3://; left out: the drawn sample catalogue")  # fmt: skip
+    add("--images", metavar="URI", help="folder, glob, manifest (CSV, JSON Lines, Parquet) or "
+        "shards (*.tar), on disk, s3://, gs://; left out: the drawn sample catalogue")  # fmt: skip
     add("--output", metavar="URI", default="captions", help="directory that gets a run=… directory "
         "for this run (captions)")  # fmt: skip
     add("--model", metavar="URI", help="model directory; left out: the shipped model")
@@ -161,11 +173,21 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
         help="say what would be done, how long it takes and what it costs; write nothing")
     add("--price-per-hour", metavar="F", type=_price,
         help="of all machines together, for the cost of the run and of a million images")
+    add("--export", choices=KINDS, help="then write the run as a data set, for the hub or as "
+        "WebDataset shards; without --images: the latest run, captioning nothing")  # fmt: skip
+    add("--export-images", action="store_true", help="with --export hub: with the images' bytes")
+    add("--export-to", metavar="URI", help="a new folder for it (export-… in the run's directory)")
     config = Config(**vars(parser.parse_args(arguments)))
     if config.dry_run and config.rollback:
         parser.error("--dry-run does not go with --rollback, which does nothing but that")
+    if config.dry_run and config.export:
+        parser.error("--dry-run writes nothing: leave --export out")
     if config.retry_failed and not config.previous:
         parser.error("--retry-failed needs --previous: the run in which rows failed")
+    if (config.export_images or config.export_to) and not config.export:
+        parser.error(f"--export-images and --export-to need --export {' or '.join(KINDS)}")
+    if config.export and config.rollback:
+        parser.error("--rollback does nothing else: give --export in a command of its own")
     if config.model and "://" not in config.model:  # workers may run in another directory
         config = replace(config, model=os.path.abspath(config.model))
     return config
@@ -530,7 +552,7 @@ def run_job(config: Config) -> Found | None:
                 unplanned = found.uri if found else None
                 run = runs.plan_run(output, settings, catalog, unplanned, previous)
             scratch.cleanup()  # the plan holds the input now
-            _complete(run, config, model, lock, previous)
+            _complete(run, config, model, lock, previous, catalog)
             return Found(run.uri, True, run)
 
 
@@ -581,8 +603,9 @@ def _local_paths(run: Run, config: Config) -> dict[str, str]:
 
 
 def _complete(
-    run: Run, config: Config, model: Model, lock: Lock, previous: Previous | None
-) -> None:
+    run: Run, config: Config, model: Model, lock: Lock, previous: Previous | None,
+    catalog: FrozenCatalog,
+) -> None:  # fmt: skip
     """Captions the units without a part, verifies all parts against the input, publishes.
 
     Raises RunError when parts are still wrong after they were captioned once more, or when more
@@ -693,6 +716,7 @@ def _complete(
         "model": asdict(model),
         "input": {
             "digest": run.settings.input_digest, "rows": run.num_rows, "units": run.num_units,
+            "images": asdict(catalog.images),
         },
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("ray", "torch", "transformers", "pyarrow", "pillow")},
@@ -747,15 +771,31 @@ def _busy_shares(seconds: Counter[str], pool: Pool, wall: float) -> dict[str, fl
     return {stage: round(seconds[stage] / slots[stage] / wall, 3) for stage in STAGES}
 
 
+def _latest(output: str) -> str:
+    """The latest run below an output. Raises InputError when there is none."""
+    name = publish.read_latest(output)
+    if name is None:
+        raise InputError(
+            f"--export: no run is complete below --output {output}; name the --images to caption"
+        )
+    return f"{output}/{name}"
+
+
+def _export(config: Config, run: str) -> str:
+    assert config.export
+    target = config.export_to and _absolute_output(config.export_to, "--export-to")
+    return export_run(run, config.export, target, with_images=config.export_images)
+
+
 def _absolute(path: str) -> str:
     return path.rstrip("/") if "://" in path else os.path.abspath(path)
 
 
-def _absolute_output(output: str) -> str:
+def _absolute_output(output: str, flag: str = "--output") -> str:
     """The output as a URI or absolute path. Raises InputError for one that would vanish."""
     if RAY_JOB in os.environ and "://" not in output and not os.path.isabs(output):
         raise InputError(
-            f"--output {output} is relative: under `ray job submit` it would vanish with the job's "
+            f"{flag} {output} is relative: under `ray job submit` it would vanish with the job's "
             "working directory; give an s3:// URI or an absolute path"
         )
     return _absolute(output)
@@ -792,14 +832,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if config.rollback:
             print(f"latest is {publish.roll_back(output, config.rollback)} again")
             return 0
+        if config.export and config.images is None:
+            print(_export(config, _latest(output)))
+            return 0
         found = run_job(config)
         if found is None or config.dry_run:
             print(f"finished already: {found.uri}" if found else "Nothing was written.")
             return 0
+        exported = _export(config, found.uri) if config.export else ""
         if config.keep_runs:
             for name in publish.prune(output, config.keep_runs, runs.lock_name):
                 _say(f"deleted {output}/{name}: --keep-runs {config.keep_runs}")
-    except (InputError, CatalogError, ClusterError, PreviousError, PublishError) as error:
+    except (
+        InputError, CatalogError, ClusterError, ExportError, PreviousError, PublishError,
+    ) as error:  # fmt: skip
         _say(f"jobs.caption: {error}")
         return 2
     except (LockError, RunError) as error:
@@ -817,6 +863,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         _print_captions(found.run)
         print(f"\n{found.uri}")
+    if exported:
+        print(exported)
     return 0
 
 

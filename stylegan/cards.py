@@ -96,6 +96,51 @@ The images belong to whoever they belonged to before; they are not part of this 
 """
 
 
+def export_card(
+    summary: Mapping[str, Any], kind: str, counts: Mapping[str, int],
+    features: Sequence[Mapping[str, Any]] | None,
+) -> str:  # fmt: skip
+    """README.md of an export. features: of the data set, where the files alone do not tell them."""
+    settings = summary["settings"]
+    path = "data/*.parquet" if kind == "hub" else "*.tar"
+    front: dict[str, Any] = {
+        "pretty_name": f"Captions, run {summary['run_id']}",
+        "language": ["en"],
+        "task_categories": ["image-to-text"],
+        "tags": ["captions", "synthetic", "stylegan"],
+        "size_categories": [_size_category(counts.get("samples", summary["counts"]["rows"]))],
+        "configs": [
+            {"config_name": "default", "data_files": [{"split": "train", "path": path}]}
+        ],
+    }
+    if features is not None:
+        front["dataset_info"] = {"features": features}
+    held = {f"`{name}`": text for name, text in COLUMNS.items()}
+    return f"""{_front_matter(front)}
+# Captions
+
+Captions of product images, written by a model of `stylegan` (revision
+{_code(settings["model_revision"])}) in the styles {", ".join(map(_code, settings["styles"]))}; no
+person has read them all.
+
+{_table(("", "number"), {name: f"{count:,}" for name, count in counts.items()})}
+## Columns
+
+{EXPORT_LAYOUTS[kind]}
+
+{_table(("column", "what it holds"), held)}
+The images belong to whoever they belonged to before.
+"""
+
+
+EXPORT_LAYOUTS = {
+    "hub": "Each image is here once for each style and caption, failed ones too, with a null "
+    "caption. First come `image` (the image, or where it is) and the columns of the input; then:",
+    "webdataset": "A sample is an image with its caption (`txt`) and its row (`json`), which has "
+    "the columns of the input, and:",
+}
+
+
 def _size_category(rows: int) -> str:
     bounds = ["1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"]
     sizes = [10 ** (3 + index) for index in range(len(bounds))]

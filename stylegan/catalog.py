@@ -1,4 +1,5 @@
-"""What is to be captioned: a folder, a glob, one image or a manifest, frozen to Parquet units.
+"""What is to be captioned: a folder, a glob, one image, a manifest or WebDataset shards, frozen to
+Parquet units.
 
 A unit is a file of consecutive input rows in a fixed order. Its columns are the input's columns
 (without image bytes), then `id`, `description`, what identifies the image's content, as far as it
@@ -35,6 +36,16 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from stylegan.shards import (
+    IMAGE_EXTENSIONS,
+    NO_IMAGE,
+    ShardError,
+    Span,
+    expand_braces,
+    index_shards,
+    split_span,
+    unwrap,
+)
 from stylegan.storage import endpoint, explain, patiently, s3_client
 from stylegan.storage import resolve_filesystem as resolve_filesystem
 
@@ -56,6 +67,37 @@ class CatalogError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class ImageSource:
+    """Where the images of a run are, in terms of its output, whose rows have no `_image_uri`.
+
+    column: holds references, which are relative to `folder`; None: there are none. manifest: holds
+    the bytes themselves, in the column `bytes_column`, beside `id_column`.
+    """
+
+    column: str | None = None
+    folder: str | None = None
+    manifest: str | None = None
+    id_column: str | None = None
+    bytes_column: str | None = None
+
+    def uri(self, reference: str | None) -> str | None:
+        """Where the image of a row is that has this in the column of references."""
+        return _absolute((reference or "").strip() or None, self.folder)
+
+    def read_bytes(self, num_rows: int) -> Iterator[list[tuple[str, bytes | None]]]:
+        """Id and image of the first rows of the manifest, some rows at a time."""
+        assert self.manifest and self.id_column and self.bytes_column
+        filesystem, path = resolve_filesystem(self.manifest)
+        for batch in _open_parquet(self.manifest, filesystem, path, None).batches():
+            rows = batch.slice(0, num_rows)
+            num_rows -= rows.num_rows
+            ids, data = rows.column(self.id_column), _image_bytes(rows.column(self.bytes_column))
+            yield list(zip(_text(ids).to_pylist(), data.to_pylist(), strict=True))
+            if num_rows == 0:
+                return
+
+
+@dataclass(frozen=True, slots=True)
 class FrozenCatalog:
     """The input, cut into units."""
 
@@ -74,6 +116,7 @@ class FrozenCatalog:
     """The unit's names of the attribute columns asked for."""
     required: tuple[str, ...] = ()
     """The unit's names of the required columns asked for."""
+    images: ImageSource = dataclasses.field(default_factory=ImageSource)
 
 
 def choose_rows_per_unit(num_rows: int, bytes_per_row: float = 0.0) -> int:
@@ -102,9 +145,10 @@ def freeze_catalog(
 
     A folder is listed recursively, in sorted path order: every file is a row whatever its
     extension, links to files included; hidden files and folders, and links to folders, are not.
-    A manifest is known by its extension. `limit` keeps the first rows. `identify`: how images are
-    known (`_image_stamp`): "later", when they are read; "stamp", from a listing or by asking the
-    storage; "content", by reading each. Bytes have their hash. Raises CatalogError.
+    A manifest is known by its extension; so are shards (`.tar`), of which a folder or a glob may
+    hold many, and of which `{000..010}` names a series. `limit` keeps the first rows. `identify`:
+    how images are known (`_image_stamp`): "later", when they are read; "stamp", from a listing or
+    by asking the storage; "content", by reading each. Bytes have their hash. Raises CatalogError.
     """
     if limit is not None and limit < 1:
         raise CatalogError(f"--limit is {limit}; it must be at least 1")
@@ -127,7 +171,23 @@ def _freeze(
     required_columns: Sequence[str],
 ) -> FrozenCatalog:  # fmt: skip
     """Leaves nothing in `destination` when it fails."""
-    source = _open_source(images, limit)
+    index = destination / "samples.jsonl"
+    try:
+        return _freeze_source(
+            _open_source(images, limit, choice[1], index), destination, choice, rows_per_unit,
+            attribute_columns, required_columns,
+        )  # fmt: skip
+    finally:
+        for path in destination.glob(f"{index.name}*"):
+            path.unlink()
+
+
+def _freeze_source(
+    source: _Source, destination: Path,
+    choice: tuple[str | None, str | None, str | None, Literal["later", "stamp", "content"]],
+    rows_per_unit: int | None, attribute_columns: Sequence[str], required_columns: Sequence[str],
+) -> FrozenCatalog:  # fmt: skip
+    images = source.name
     if source.num_rows == 0:
         raise CatalogError(f"{images} has no rows: there is nothing to caption")
     columns = _Columns.choose(source, *choice)
@@ -162,7 +222,8 @@ def _freeze(
         raise
     digest_ = digest.hexdigest(source.stamps)
     return FrozenCatalog(
-        tuple(units), seen, rows, digest_, columns.schema, attributes, required=required
+        tuple(units), seen, rows, digest_, columns.schema, attributes, required,
+        columns.images(source),
     )
 
 
@@ -251,9 +312,13 @@ class _Source:
     batches: Callable[[], Iterable[pa.RecordBatch]]
     folder: str | None = None
     """What a manifest's relative paths are relative to, as a path or URI; None for a listing."""
+    listed: str = ""
+    """What the ids of a listing are relative to."""
     bytes_per_row: float = 0.0
     stamps: Sequence[str] = ()
     """What else identifies the input: size and modification time of each listed file."""
+    image_column: str | None = None
+    """The column of images where that is not for the user to name."""
 
 
 _UNREADABLE: Final = (OSError, ValueError, pa.ArrowException)
@@ -267,7 +332,8 @@ def _refuse_manifest(name: str, error: BaseException) -> NoReturn:
     ) from error
 
 
-def _open_source(images: str, limit: int | None) -> _Source:
+def _open_source(images: str, limit: int | None, image_column: str | None, index: Path) -> _Source:
+    """index: a file on local disk that the list of samples of shards may be written to."""
     try:
         filesystem, path = resolve_filesystem(images)
         kind = filesystem.get_file_info(path).type
@@ -277,10 +343,18 @@ def _open_source(images: str, limit: int | None) -> _Source:
     is_local = isinstance(filesystem, fs.LocalFileSystem)
     root = path if is_local else images.rstrip("/")
     if kind == fs.FileType.Directory:
-        return _list_files(images, filesystem, root, None, limit)
+        files = _list_files(images, filesystem, root, None)
+        return _choose_files(images, root, files, limit, image_column, index)
+    if kind == fs.FileType.NotFound and len(series := expand_braces(root)) > 1:
+        if not root.lower().endswith(".tar"):
+            raise CatalogError(f"{images}: braces name a series of shards, *.tar; use a glob here")
+        stamps = stamp_images(series)
+        named = [(shard, shard, stamp or "") for shard, stamp in zip(series, stamps, strict=True)]
+        return _open_shards(images, named, limit, image_column, index)
     if kind == fs.FileType.NotFound and (wildcard := re.search(r"[*?[]", root)):
         cut = root.rindex("/", 0, wildcard.start()) + 1
-        return _list_files(images, filesystem, root[:cut], root[cut:], limit)
+        files = _list_files(images, filesystem, root[:cut], root[cut:])
+        return _choose_files(images, root[:cut], files, limit, image_column, index)
     if kind != fs.FileType.File:
         raise CatalogError(f"{images}: no such file or folder; name a folder, a glob or a manifest")
     extension = re.search(
@@ -289,10 +363,13 @@ def _open_source(images: str, limit: int | None) -> _Source:
     if extension is None:
         name = posixpath.basename(root)
         if is_local:
-            return _listing(images, [_describe_local(name, root)])
-        if (stamp := _ask_stamp(root)) is None:
+            file = _describe_local(name, root)
+        elif (stamp := _ask_stamp(root)) is None:
             raise CatalogError(f"{images} cannot be reached: the storage says nothing of it")
-        return _listing(images, [(name, root, stamp)])
+        else:
+            file = name, root, stamp
+        folder = posixpath.dirname(root)
+        return _choose_files(images, folder, [file], limit, image_column, index)
     opener = {"csv": _open_csv, "tsv": _open_csv, "parquet": _open_parquet}
     try:
         source = opener.get(extension[1], _open_json_lines)(images, filesystem, path, limit)
@@ -414,9 +491,50 @@ def _refuse_twin_columns(name: str, columns: list[str]) -> None:
         raise CatalogError(f"{name} has more than one column {twins[0]!r}; rename one of them")
 
 
-def _list_files(
-    images: str, filesystem: fs.FileSystem, folder: str, pattern: str | None, limit: int | None
+_File = tuple[str, str, str]  # id, URI, stamp
+
+
+def _choose_files(
+    images: str, folder: str, files: Sequence[_File], limit: int | None, image_column: str | None,
+    index: Path,
+) -> _Source:  # fmt: skip
+    """Files as images, or as shards where there are any: then images may not lie beside them."""
+    if packed := [name for name, _, _ in files if re.search(r"\.(tgz|tar\.\w+)$", name.lower())]:
+        raise CatalogError(f"{images}: {packed[0]} is compressed, so that no image of it can be "
+                           "read alone: unpack it to a .tar")  # fmt: skip
+    shards = [file for file in files if file[0].lower().endswith(".tar")]
+    if not shards:
+        return dataclasses.replace(_listing(images, files[:limit]), listed=folder)
+    for name, _, _ in files:
+        if name.lower().rpartition(".")[2] in IMAGE_EXTENSIONS:
+            raise CatalogError(
+                f"{images} holds shards ({shards[0][0]}) and images ({name}): name either with a "
+                "glob, such as *.tar"
+            )
+    return _open_shards(images, shards, limit, image_column, index)
+
+
+def _open_shards(
+    images: str, shards: Sequence[_File], limit: int | None, image_column: str | None, index: Path
 ) -> _Source:
+    """A manifest of the samples, which is written to `index`."""
+    try:
+        index_shards([uri for _, uri, _ in shards], index, image_extension=image_column,
+                     limit=limit)  # fmt: skip
+        source = _open_json_lines(images, fs.LocalFileSystem(), str(index), limit)
+    except ShardError as error:
+        raise CatalogError(f"{images}: {error}") from error
+    except _UNREADABLE as error:
+        raise CatalogError(f"{images} cannot be read: {explain(error)[0]}") from error
+    return dataclasses.replace(
+        source, folder=posixpath.dirname(shards[0][1]), image_column="image",
+        stamps=[stamp for _, _, stamp in shards],
+    )  # fmt: skip
+
+
+def _list_files(
+    images: str, filesystem: fs.FileSystem, folder: str, pattern: str | None
+) -> list[_File]:
     """The files below a folder, or those of them that a pattern matches, in sorted path order."""
     depth = None if pattern is None or "**" in pattern else pattern.count("/")
     is_local = isinstance(filesystem, fs.LocalFileSystem)
@@ -429,10 +547,10 @@ def _list_files(
     if not files:
         found = "holds no files" if pattern is None else "matches no files"
         raise CatalogError(f"{images} {found} (hidden ones do not count); name another")
-    return _listing(images, files[:limit])
+    return files
 
 
-def _walk_local(folder: str, depth: int | None) -> Iterator[tuple[str, str, str]]:
+def _walk_local(folder: str, depth: int | None) -> Iterator[_File]:
     """(id, URI, stamp) of every file that is not hidden; links to folders are not followed."""
 
     def refuse(error: OSError) -> NoReturn:
@@ -448,7 +566,7 @@ def _walk_local(folder: str, depth: int | None) -> Iterator[tuple[str, str, str]
                 yield _describe_local(prefix + name, os.path.join(parent, name))
 
 
-def _describe_local(name: str, path: str) -> tuple[str, str, str]:
+def _describe_local(name: str, path: str) -> _File:
     uri = path
     try:
         path.encode()
@@ -462,9 +580,7 @@ def _describe_local(name: str, path: str) -> tuple[str, str, str]:
         return name, uri, GONE
 
 
-def _walk(
-    filesystem: fs.FileSystem, folder: str, depth: int | None
-) -> Iterator[tuple[str, str, str]]:
+def _walk(filesystem: fs.FileSystem, folder: str, depth: int | None) -> Iterator[_File]:
     root = resolve_filesystem(folder)[1].rstrip("/")
     if filesystem.type_name == "s3":  # pyarrow's listing has no ETags
         bucket, _, prefix = f"{root}/".partition("/")
@@ -496,7 +612,7 @@ def _glob_to_regex(pattern: str) -> str:
     )
 
 
-def _listing(images: str, files: Sequence[tuple[str, str, str]]) -> _Source:
+def _listing(images: str, files: Sequence[_File]) -> _Source:
     names, uris, stamps = map(list, zip(*files, strict=True))
     columns = {"id": names, "image": uris, "_stamp": stamps}
     table = pa.table({name: pa.array(texts, pa.string()) for name, texts in columns.items()})
@@ -547,7 +663,7 @@ class _Columns:
                 )
             return wanted or (default if default in names else None)
 
-        image = pick("--image-column", image_column, "image")
+        image = source.image_column or pick("--image-column", image_column, "image")
         description = pick("--description-column", description_column, "description")
         if image is None and description is None:
             raise CatalogError(
@@ -600,6 +716,17 @@ class _Columns:
             )
         return tuple(names[name] for name in wanted)
 
+    def images(self, source: _Source) -> ImageSource:
+        """Where the images are, for those who have the output only."""
+        if source.folder is None:
+            return ImageSource("id", source.listed)
+        if self.has_bytes:
+            # as freeze_catalog got it, but absolute
+            manifest = source.name if "://" in source.name else os.path.abspath(source.name)
+            return ImageSource(None, None, manifest, self.id_name, self.image_name)
+        names = {"id": "id"} | dict(self.kept)
+        return ImageSource(self.image_name and names.get(self.image_name), source.folder)
+
     def convert(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         columns = [
             _plain(batch.column(name), self.schema.field(output).type) for name, output in self.kept
@@ -618,9 +745,7 @@ class _Columns:
             return pa.array([""] * batch.num_rows), pa.nulls(batch.num_rows, pa.string())
         image = batch.column(self.image_name)
         if self.has_bytes:
-            if pa.types.is_struct(image.type):
-                image = pc.struct_field(image, "bytes")
-            data = image.cast(pa.binary())
+            data = _image_bytes(image)
             hashes = ["" if d is None else hashlib.sha256(d).hexdigest() for d in data.to_pylist()]
             return pa.array(hashes, pa.string()), data
         uris = [_absolute(reference, self.folder) for reference in _text(image).to_pylist()]
@@ -662,6 +787,12 @@ def _holds_bytes(source: _Source, name: str) -> bool:
         f"{source.name}: --image-column {name!r} has the type {kind}; it must be text (paths or"
         " URIs) or image bytes"
     )
+
+
+def _image_bytes(column: pa.Array) -> pa.Array:
+    if pa.types.is_struct(column.type):
+        column = pc.struct_field(column, "bytes")
+    return column.cast(pa.binary())
 
 
 def _plain_type(kind: pa.DataType) -> pa.DataType:
@@ -739,6 +870,8 @@ def fetch_image(uri: str | None) -> Fetched:
     """
     if uri is None:
         return Fetched(None, "", GONE, "the row names no image")
+    if uri.endswith(NO_IMAGE):
+        return Fetched(None, GONE, GONE, "the sample has no file with an image's extension")
     shown = uri if len(uri) <= 200 else f"…{uri[-200:]}"
     try:
         return patiently(uri, lambda: _fetch(uri, shown))
@@ -750,20 +883,35 @@ def fetch_image(uri: str | None) -> Fetched:
 
 def _fetch(uri: str, shown: str) -> Fetched:
     """The stamp is from before the content: one that changes meanwhile will differ next time."""
+    uri, span = split_span(uri)
     filesystem, path = resolve_filesystem(uri)
     if isinstance(filesystem, fs.LocalFileSystem):
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
             return Fetched(None, None, "unreadable", f"not a regular file: {shown}")
         stamp = _time_stamp(status.st_size, status.st_mtime_ns, uri)
-        return _too_large(status.st_size, stamp) or Fetched(Path(path).read_bytes(), stamp)
+        with open(path, "rb") as file:
+            return _read_span(file, status.st_size, stamp, span, shown)
     with filesystem.open_input_file(path) as file:
         if filesystem.type_name == "s3":
             stamp = _etag_stamp(file.size(), file.metadata()["ETag"].decode())
         else:
             info = filesystem.get_file_info(path)
             stamp = _time_stamp(info.size, info.mtime_ns, uri)
-        return _too_large(file.size(), stamp) or Fetched(file.read(), stamp)
+        return _read_span(file, file.size(), stamp, span, shown)
+
+
+def _read_span(file: Any, size: int, stamp: str, span: Span | None, shown: str) -> Fetched:
+    if span is None:
+        return _too_large(size, stamp) or Fetched(file.read(), stamp)
+    stamp = _span_stamp(stamp, span)
+    if too_large := _too_large(span.stop - span.start, stamp):
+        return too_large
+    file.seek(span.start)
+    data = unwrap(file.read(span.stop - span.start), span)
+    if data is None:
+        return Fetched(None, stamp, "unreadable", f"the shard has changed since: {shown}")
+    return Fetched(data, stamp)
 
 
 def _too_large(size: int, stamp: str) -> Fetched | None:
@@ -784,8 +932,20 @@ def stamp_images(uris: Sequence[str | None]) -> list[str | None]:
     """What identifies the content of each file without opening it: size and ETag, or size, time
     and place.
 
-    "" for no image, "gone" for one that is not there, None where the storage does not say.
+    "" for no image, "gone" for one that is not there, None where the storage does not say. An image
+    in a shard is known by the shard's and its place in it.
     """
+    places = [split_span(uri) if uri else ("", None) for uri in uris]
+    files = dict.fromkeys(file for file, _ in places if not file.endswith(NO_IMAGE))
+    known = dict(zip(files, _stamp_files(list(files)), strict=True))
+    return [GONE if file not in known else _span_stamp(known[file], span) for file, span in places]
+
+
+def _span_stamp(stamp: str | None, span: Span | None) -> Any:
+    return stamp if span is None or stamp in (None, GONE) else f"{stamp} {span}"
+
+
+def _stamp_files(uris: Sequence[str]) -> list[str | None]:
     known: dict[str, str | None] = {}
     objects: dict[str, list[str]] = defaultdict(list)
     for uri in uris:

@@ -72,7 +72,7 @@ def decode_image(data: bytes, size: int, *, max_pixels: int = MAX_PIXELS) -> Dec
     The aspect ratio is not kept: the whole image is seen. Large JPEGs are decoded at a reduced
     scale of at least 2 * size. Colour profiles are ignored. Never raises for bad data.
     """
-    found = _identify(data)
+    found = identify(data)
     if isinstance(found, tuple):
         return _failed(*found)
     source = _Source(data)
@@ -182,6 +182,13 @@ _OPENERS: Final[dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]]] = {
     "TGA": TgaImagePlugin.TgaImageFile,
 }
 
+EXTENSIONS: Final = {
+    "JPEG": "jpg", "PNG": "png", "WebP": "webp", "GIF": "gif", "TIFF": "tif", "BMP": "bmp",
+    "AVIF": "avif", "JPEG 2000": "jp2", "ICO": "ico", "PPM": "ppm", "QOI": "qoi", "PCX": "pcx",
+    "TGA": "tga",
+}  # fmt: skip
+"""Of file names, by format."""
+
 _READ, _UNSUPPORTED, _NO_IMAGE = "", "unsupported", "not an image"
 
 _SIGNATURES: Final = (  # offset, bytes, error class, name
@@ -247,7 +254,7 @@ _SIGNATURES: Final = (  # offset, bytes, error class, name
 )
 
 
-def _identify(data: bytes) -> str | tuple[str, str]:
+def identify(data: bytes) -> str | tuple[str, str]:
     """A key of _OPENERS, or the error class and message of what cannot be read."""
     if not data:
         return "truncated", "the file is empty"

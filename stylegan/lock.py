@@ -23,7 +23,7 @@ from typing import Any, Protocol, TypeVar
 
 from pyarrow import fs
 
-from stylegan.storage import endpoint, patiently, s3_client
+from stylegan.storage import endpoint, make_parent, patiently, s3_client
 
 T = TypeVar("T")
 
@@ -169,6 +169,7 @@ class _PlainCell:
         current = self.read()
         if (current and current[1]) != version:
             return None
+        make_parent(self.filesystem, self.path)
         with self.filesystem.open_output_stream(self.path) as stream:
             stream.write(data)
         time.sleep(1)  # the other one that saw the same version has written by now

@@ -15,7 +15,7 @@ from functools import partial
 from pyarrow import fs
 
 from stylegan.lock import Lock, LockError, cell
-from stylegan.storage import patiently, resolve_filesystem, write_atomically
+from stylegan.storage import names_below, patiently, resolve_filesystem, write_atomically
 
 LATEST = "latest"
 
@@ -134,7 +134,4 @@ def _is_complete(output: str, name: str) -> bool:
 
 
 def _names(output: str, prefix: str) -> list[str]:
-    filesystem, root = resolve_filesystem(output)
-    selector = fs.FileSelector(root, allow_not_found=True)
-    listing = patiently(output, lambda: filesystem.get_file_info(selector))
-    return sorted(info.base_name for info in listing if info.base_name.startswith(prefix))
+    return [name for name in names_below(output) if name.startswith(prefix)]

@@ -47,9 +47,16 @@ from stylegan.parts import ERRORS, Settings, output_schema
 from stylegan.previous import Division, Previous, divide
 from stylegan.publish import read_latest, reading, set_latest
 from stylegan.report import write_report
-from stylegan.storage import explain, patiently, resolve_filesystem, write_atomically
+from stylegan.storage import (
+    explain,
+    names_below,
+    patiently,
+    resolve_filesystem,
+    write_atomically,
+)  # fmt: skip
 
 THREADS = 16  # requests to the storage at a time
+UPLOAD_BYTES = 128 << 20  # of units in memory at a time, when they hold images
 CARRYING = 4  # units that are carried over at a time: each is in memory
 BINS = 20  # of the histogram of scores
 EXTREMES = 8  # captions of the lowest and of the highest scores that are shown
@@ -500,11 +507,8 @@ def clean(uri: str) -> None:
 
 def find_run(output: str, settings: Settings) -> Found | None:
     """The run of these settings below `output`: the finished one if there is one, else any."""
-    filesystem, root = resolve_filesystem(output)
-    root = root.rstrip("/")
-    selector = fs.FileSelector(root, allow_not_found=True)
-    listing = patiently(output, lambda: filesystem.get_file_info(selector))
-    names = [info.base_name for info in listing if info.base_name.startswith("run=")]
+    root = resolve_filesystem(output)[1].rstrip("/")
+    names = [name for name in names_below(output) if name.startswith("run=")]
 
     def look(name: str) -> Found | None:
         uri = f"{output.rstrip('/')}/{name}"
@@ -578,7 +582,8 @@ def plan_run(
             files |= {f"unit-{unit:05}": file, f"carried-{unit:05}": part}
         if division.replaced:
             files["replaced"] = division.replaced
-        with ThreadPoolExecutor(THREADS) as pool:
+        largest = max(file.stat().st_size for file in files.values())
+        with ThreadPoolExecutor(max(1, min(THREADS, UPLOAD_BYTES // largest))) as pool:
             list(pool.map(upload, files, files.values()))
     plan: dict[str, Any] = {
         "num_rows": catalog.num_rows,

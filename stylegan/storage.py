@@ -9,10 +9,14 @@ import itertools
 import os
 import random
 import re
+import shutil
+import tempfile
 import time
 import urllib.parse
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import pyarrow as pa
@@ -22,6 +26,7 @@ from pyarrow import fs
 T = TypeVar("T")
 
 SDK_ATTEMPTS = 10  # by the libraries themselves, within about 20 s
+GCS_PATIENCE_S = 20  # by Google's library itself
 PATIENCE_S = 90.0  # an outage that is waited out
 PAUSE_S = 0.2  # before the first repetition
 TRIES = 4  # of one request, when the storage answers others meanwhile
@@ -39,7 +44,8 @@ def resolve_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), os.fsdecode(urllib.parse.unquote_to_bytes(path))
     if scheme in _OBJECT_STORES:
         bucket = rest.partition("/")[0]
-        return _object_store(_OBJECT_STORES[scheme], bucket, endpoint()), rest.rstrip("/")
+        kind = _OBJECT_STORES[scheme]
+        return _object_store(kind, bucket, endpoint(kind)), rest.rstrip("/")
     filesystem, path = url_to_fs(uri)
     return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
 
@@ -47,8 +53,10 @@ def resolve_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
 _OBJECT_STORES: Final = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 
 
-def endpoint() -> str | None:
-    """Of an S3 that is not Amazon's."""
+def endpoint(kind: str = "s3") -> str | None:
+    """Of an S3 that is not Amazon's, or of an emulator of Google's storage."""
+    if kind == "gs":
+        return os.environ.get("STORAGE_EMULATOR_HOST") or None
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
 
 
@@ -56,7 +64,14 @@ def endpoint() -> str | None:
 def _object_store(scheme: str, bucket: str, endpoint: str | None) -> fs.FileSystem:
     """Kept: a new one looks up the bucket's region and opens new connections."""
     if scheme != "s3":
-        return fs.FileSystem.from_uri(f"{scheme}://{bucket}")[0]
+        patience = timedelta(seconds=GCS_PATIENCE_S)  # its own is a quarter of an hour
+        if endpoint is None:
+            return fs.GcsFileSystem(retry_time_limit=patience)
+        protocol, separator, host = endpoint.rpartition("://")
+        return fs.GcsFileSystem(
+            anonymous=True, endpoint_override=host, scheme=protocol if separator else "http",
+            retry_time_limit=patience,
+        )  # fmt: skip
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if not region and not endpoint:
         region = fs.resolve_s3_region(bucket)
@@ -162,6 +177,17 @@ _MAY_PASS: Final = (
 """Of network file systems and connections."""
 
 
+def names_below(uri: str) -> list[str]:
+    """Names of the files and folders right below a folder, sorted; none where it is not there."""
+    filesystem, root = resolve_filesystem(uri)
+    root = root.rstrip("/")
+    # pyarrow's listing of one level of Google's storage leaves out folders
+    is_flat = filesystem.type_name == "gcs"
+    selector = fs.FileSelector(root, allow_not_found=True, recursive=is_flat)
+    listing = patiently(uri, lambda: filesystem.get_file_info(selector))
+    return sorted({info.path[len(root) :].strip("/").partition("/")[0] for info in listing})
+
+
 # --- files --------------------------------------------------------------------------------------
 
 
@@ -171,6 +197,7 @@ def write_atomically(filesystem: fs.FileSystem, path: str, data: bytes | pa.Buff
     On disk: temporary file, fsync, rename. Elsewhere: one PUT or one completed upload.
     """
     if filesystem.type_name != "local":
+        make_parent(filesystem, path)
         with filesystem.open_output_stream(path) as stream:
             stream.write(data)
         return
@@ -180,15 +207,57 @@ def write_atomically(filesystem: fs.FileSystem, path: str, data: bytes | pa.Buff
     try:
         with open(temporary, "xb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _put_in_place(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    descriptor = os.open(folder, os.O_RDONLY)
+
+
+def make_parent(filesystem: fs.FileSystem, path: str) -> None:
+    """The folder of a file to write, where storage has folders that have to be made."""
+    if filesystem.type_name not in ("s3", "gcs"):
+        filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+
+
+def _put_in_place(temporary: str, path: str) -> None:
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
     try:
         os.fsync(descriptor)  # the name itself
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def staged(uri: str) -> Iterator[Path]:
+    """A file on local disk to write to, which is put at `uri` when the block ends well: whole or
+    not at all, however large (elsewhere than on disk and S3: whole, or a rest of it after a kill).
+    """
+    filesystem, path = resolve_filesystem(uri)
+    if filesystem.type_name == "local":
+        folder, name = os.path.split(path)
+        os.makedirs(folder, exist_ok=True)
+        temporary = Path(folder, f".{name}.{uuid.uuid4().hex}")
+        try:
+            yield temporary
+            _put_in_place(str(temporary), path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return
+    with tempfile.TemporaryDirectory(prefix="stylegan-") as scratch:
+        temporary = Path(scratch, "staged")
+        yield temporary
+        patiently(uri, lambda: _upload(temporary, filesystem, path))
+
+
+def _upload(source: Path, filesystem: fs.FileSystem, path: str) -> None:
+    if filesystem.type_name == "s3":  # takes an upload that failed back; pyarrow completes it
+        bucket, _, key = path.partition("/")
+        s3_client(endpoint()).upload_file(str(source), bucket, key)
+        return
+    make_parent(filesystem, path)
+    with open(source, "rb") as file, filesystem.open_output_stream(path) as stream:
+        shutil.copyfileobj(file, stream, 8 << 20)
