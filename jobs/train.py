@@ -72,8 +72,8 @@ DEMONSTRATION: dict[str, Any] = {
     "report_every": 100,
 }  # fmt: skip
 # sentences left out of all training, to choose weights by and to watch the game with: one in so
-# many, of those that name a product more, and at least so many
-DEV_SHARE, DEV_NAMED, LEAST_DEV = 32, 8, 8
+# many, and of those that name a product
+DEV_SHARE, DEV_NAMED = 32, 8
 MIN_SENTENCES = 100
 
 
@@ -255,8 +255,9 @@ def prepare(arguments: argparse.Namespace, cache: Path) -> Data:
             for text, number in zip(texts, numbers, strict=True)
             if corpora.is_sayable(text) and corpora.names_kind(text)
         ]
-        chosen = {n for n in numbers if n % DEV_SHARE == 0} | set(sorted(set(numbers))[:LEAST_DEV])
+        chosen = {n for n in numbers if n % DEV_SHARE == 0}
         chosen |= {n for n in named if n % DEV_NAMED == 0}
+        chosen = chosen or {min(numbers)}
         dev[style] = [text for text, n in zip(texts, numbers, strict=True) if n in chosen]
         sentences[style] = [text for text, n in zip(texts, numbers, strict=True) if n not in chosen]
         support[style] = [t for t in support[style] if corpora.sentence_hash(t) not in chosen]

@@ -45,6 +45,7 @@ from stylegan.training import (
     parameter_groups,
 )
 
+LEAST_WATCHED = 16  # sentences of people that a detector can be trained on
 LEAST_NAMED = 300  # sentences that name a product; with fewer, the whole voice is real
 MISMATCHED = 0.1  # of the discriminator's fakes: people's sentences of another style
 WORD_DROPOUT = 0.06
@@ -377,7 +378,9 @@ def train_adversarial(
             watched = [text for text in watched if pairs.pair(text)] or watched
         else:
             voice = pairs.plain[style]
-        human[style], real[style] = watched or voice, hidden_ids(voice, tokenizer)
+        # with too few left out, the detector has to do with sentences that were learned from
+        human[style] = watched if len(watched) >= LEAST_WATCHED else voice
+        real[style] = hidden_ids(voice, tokenizer)
     people_say = {style: pair_counts(sentences) for style, sentences in real.items()}
     watch = Watch(human, pairs, tokenizer, rules, features, config.watched, config.seed, styles)
     random = np.random.default_rng([config.seed, 17])

@@ -490,6 +490,8 @@ class Captioner:
         mendable = {r: SHOPS if encoding.concepts[r].head else SHOPS - {"required"} for r in rows}
         pending, choosing = rows, decoding.best_of > 1
         usual = max(decoding.best_of, decoding.max_candidates)
+        # a single candidate is what the model says by itself
+        opened = OPENED if decoding.max_candidates > 1 else 0
         for attempt in range(PERSISTENCE * usual):
             for start in range(0, len(pending), TILE):
                 tile = pending[start : start + TILE]
@@ -530,7 +532,7 @@ class Captioner:
                     if not obeying[row]
                     and (
                         row in promising
-                        or (attempt < usual - 1 + OPENED and "unnamed" in best[row].faults)
+                        or (attempt < usual - 1 + opened and "unnamed" in best[row].faults)
                     )
                 ]
         if not choosing:
@@ -700,16 +702,21 @@ class _Watch:
 
 
 def _draw(log_probs_BV: Tensor, uniform_B: Tensor, greedy_B: Tensor, decoding: Decoding) -> Tensor:
-    """A token for each row by inverting the distribution at the row's uniform number."""
-    best = log_probs_BV.argmax(-1)
-    scaled = (log_probs_BV / decoding.temperature).softmax(-1)
-    probabilities, order = scaled.topk(decoding.top_k or scaled.shape[-1])
-    probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    """A token for each row by inverting the distribution at the row's uniform number.
+
+    In the order of the vocabulary, not of the probabilities: of two that are nearly equal, the last
+    bits would decide which comes first, and with it which token is drawn.
+    """
+    probabilities = (log_probs_BV / decoding.temperature).softmax(-1)
+    if decoding.top_k or decoding.top_p < 1:
+        sorted_BK, order = probabilities.topk(decoding.top_k or probabilities.shape[-1])
+        sorted_BK = sorted_BK / sorted_BK.sum(-1, keepdim=True)
+        before = sorted_BK.cumsum(-1) - sorted_BK
+        kept = torch.where(before < decoding.top_p, sorted_BK, 0.0)  # the first is always kept
+        probabilities = torch.zeros_like(probabilities).scatter(1, order, kept)
     cumulative = probabilities.cumsum(-1)
-    kept = (cumulative - probabilities) < decoding.top_p  # the first is always kept
-    cumulative = torch.where(kept, cumulative, torch.inf)
-    total = (probabilities * kept).sum(-1)
-    place = (cumulative < (uniform_B * total)[:, None]).sum(-1)
-    place = torch.minimum(place, kept.sum(-1) - 1)
-    drawn = order.gather(1, place[:, None]).squeeze(1)
-    return torch.where(greedy_B, best, drawn)
+    # never a token of probability 0 that follows the last one with more
+    last = probabilities.shape[-1] - 1 - probabilities.flip(-1).ne(0).int().argmax(-1)
+    drawn = torch.searchsorted(cumulative, (uniform_B * cumulative[:, -1])[:, None], right=True)
+    drawn = torch.minimum(drawn.squeeze(1), last)
+    return torch.where(greedy_B, log_probs_BV.argmax(-1), drawn)

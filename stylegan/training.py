@@ -461,7 +461,7 @@ def draw_examples(
     progress: 0 to 1. Formal descriptions of photographs are a fifth throughout.
     """
     share_background = 0.5 * max(0.0, 1 - progress / 0.6) if background else 0.0
-    share_plain = 0.1 + 0.15 * (1 - progress)
+    share_plain = 0.25 * (1 - progress)
     styles = [style for style in pairs.plain]
     examples = []
     for _ in range(count):

@@ -116,7 +116,7 @@ def test_the_generator_learns_the_voice_from_plain_sentences(likelihood_model: N
     config = replace(
         CONFIG, adversarial_steps=40, adversarial_batch=8, warmup_steps=30, adversarial_rate=1e-3,
         discriminator_rate=1e-3, kl_target=0.2, likelihood_weight=0.0, measure_every=10,
-        diversity_weight=0.0,
+        diversity_weight=0.0, matching_weight=0.0,
     )  # fmt: skip
     before = share(likelihood_model[0], likelihood_model[1], OPENINGS[0])
     generator, _, verdict, _ = play(likelihood_model, config, pairs)

@@ -20,6 +20,7 @@ from stylegan.captioner import (
     Captioner,
     Decoding,
     _cut,
+    _draw,
     _Generated,
     _Limits,
     _Watch,
@@ -67,6 +68,28 @@ def test_some_candidates_begin_with_the_product(
     assert before < 6 and after >= 12
     opened = [text.startswith(start) for start, text in zip(openings, texts, strict=True)]
     assert sum(opened) >= 12 and any(opened[1::3])
+
+
+def test_tokens_are_drawn_as_likely_as_they_are() -> None:
+    wanted = torch.tensor([0.4, 0.0, 0.3, 0.2, 0.1, 0.0])
+    uniform = (torch.arange(1000) + 0.5) / 1000
+    greedy = torch.zeros(1000, dtype=torch.bool)
+
+    def shares(decoding: Decoding, probabilities: torch.Tensor = wanted) -> list[float]:
+        drawn = _draw(probabilities.log().expand(1000, -1), uniform, greedy, decoding)
+        return (drawn.bincount(minlength=6) / 1000).tolist()
+
+    assert shares(Decoding()) == pytest.approx(wanted.tolist(), abs=0.002)
+    assert shares(Decoding(top_k=2)) == pytest.approx([4 / 7, 0, 3 / 7, 0, 0, 0], abs=0.002)
+    assert shares(Decoding(top_p=0.75)) == pytest.approx([4 / 9, 0, 3 / 9, 2 / 9, 0, 0], abs=0.002)
+    assert shares(Decoding(temperature=0.5))[0] == pytest.approx(16 / 30, abs=0.002)
+    ends = torch.tensor([0.0, 1.0])
+    assert _draw(wanted.log().expand(2, -1), ends, greedy[:2], Decoding()).tolist() == [0, 4]
+    assert _draw(wanted.log()[None], ends[:1], ~greedy[:1], Decoding()).tolist() == [0]
+    # of two that are equal but for the last bits, it does not matter which has more
+    even = torch.full((6,), 1 / 6)
+    odd = even + torch.tensor([1, -1, 1, -1, 1, -1]) * 1e-7
+    assert shares(Decoding(), even) == shares(Decoding(), odd) == shares(Decoding(), odd.flip(0))
 
 
 def test_the_number_of_threads_changes_nothing(captioner: Captioner) -> None:
@@ -298,10 +321,11 @@ def test_what_is_too_long_is_cut_to_whole_sentences_or_is_unfinished() -> None:
 
 def test_a_low_score_needs_review(captioner: Captioner) -> None:
     images = noise_images(9, captioner.image_size)
-    plain = captioner.caption(images)
+    seeds = list(range(9))
+    plain = captioner.caption(images, seed=seeds)
     scores = sorted(c.score or 0 for c in plain)
-    for bound, count in ((0.0, 0), (scores[4], 4), (1.0, 9)):
-        written = captioner.caption(images, min_score=bound)
+    for bound, count in ((0.0, 0), (scores[4], scores.index(scores[4])), (1.0, 9)):
+        written = captioner.caption(images, seed=seeds, min_score=bound)
         assert [c.text for c in written] == [c.text for c in plain]
         assert sum("low score" in c.review_reasons for c in written) == count
 
