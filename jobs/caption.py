@@ -463,14 +463,15 @@ class Model:
         known = previous.model if previous else {}
         if known and known["uri"] == model and (not files or known["files"] == files):
             return cls(**known | {"files": files, "styles": tuple(known["styles"])})
-        from stylegan.captioner import local_model, model_revision
+        from stylegan.captioner import model_revision, open_model
 
         try:
-            described = json.loads((local_model(model) / "config.json").read_text())
-            styles, image_size = tuple(described["styles"]), int(described["image_size"])
+            with open_model(model) as directory:
+                described = json.loads((directory / "config.json").read_text())
+                styles, image_size = tuple(described["styles"]), int(described["image_size"])
+                return cls(model, model_revision(directory), styles, image_size, files)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"--model: {error}") from error
-        return cls(model, model_revision(model), styles, image_size, files)
 
     def check_presence(self, images: int) -> None:
         """Raises InputError when it is gone, and so many images have to be captioned."""

@@ -44,7 +44,7 @@ from torch import nn
 
 from stylegan import corpora
 from stylegan.adversarial import train_adversarial
-from stylegan.captioner import Decoding, local_model, save_model
+from stylegan.captioner import Decoding, open_model, save_model
 from stylegan.catalog import resolve_filesystem
 from stylegan.discriminator import Discriminator
 from stylegan.generator import PRESETS, Generator, GeneratorConfig
@@ -302,16 +302,17 @@ def begin(config: TrainingConfig, data: Data) -> tuple[Generator, Tokenizer, Cur
     start = config.start or config.backbone
     if not start:
         return *build(config, data), Curves()
-    directory = local_model(None if start == "shipped" else start)
-    trained = Generator.from_pretrained(directory, dtype=torch.float32)
+    with open_model(None if start == "shipped" else start) as directory:
+        trained = Generator.from_pretrained(directory, dtype=torch.float32)
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        stored = directory / "curves.json"
+        told = json.loads(stored.read_text()) if stored.exists() else {"rows": []}
     size = PRESETS[config.preset]["image_size"]
     if trained.config.image_size != size:
         raise InputError(
             f"{start} reads images of {trained.config.image_size} pixels, preset {config.preset!r} "
             f"of {size}: choose the preset that it was trained with"
         )
-    stored = directory / "curves.json"
-    told = json.loads(stored.read_text()) if stored.exists() else {"rows": []}
     stages = ("backbone", "likelihood") if config.start else ("backbone",)
     curves = Curves([row for row in told["rows"] if row["stage"].split()[0] in stages])
     if config.start:
@@ -321,7 +322,7 @@ def begin(config: TrainingConfig, data: Data) -> tuple[Generator, Tokenizer, Cur
                 f"{start} does not know style {missing[0]!r}, it knows "
                 f"{', '.join(trained.config.styles)}: leave --start out, or use --backbone"
             )
-        return trained, Tokenizer.from_file(str(directory / "tokenizer.json")), curves
+        return trained, tokenizer, curves
     generator, tokenizer = build(config, data)
     try:
         generator.vision.load_state_dict(trained.vision.state_dict())

@@ -20,15 +20,16 @@ import io
 import json
 import math
 import re
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from pyarrow.fs import FileSelector
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -37,13 +38,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from stylegan import brand, corpora
 from stylegan.brand import BrandRules
-from stylegan.catalog import resolve_filesystem
 from stylegan.corpora import Concepts
 from stylegan.discriminator import FILE as DISCRIMINATOR
 from stylegan.discriminator import LENGTH, Discriminator, hidden_ids, pad_ids
 from stylegan.generator import BOS, EOS, PAD, Generator
 from stylegan.images import decode_image
 from stylegan.rules import SHOPS, Rules, severity
+from stylegan.storage import patiently, resolve_filesystem
 
 TILE = 32  # rows of every forward pass
 SHIPPED = Path(__file__).parent / "pretrained"
@@ -158,9 +159,8 @@ class _Candidate:
         return severity(self.faults), -self.value
 
 
-def model_revision(model: str | Path | None = None) -> str:
+def model_revision(directory: Path) -> str:
     """Twelve hexadecimal digits that identify the weights, tokeniser and settings of a model."""
-    directory = local_model(model)
     digest = hashlib.sha256()
     for name in (*_FILES, SEEN, DISCRIMINATOR):
         path = directory / name
@@ -169,39 +169,41 @@ def model_revision(model: str | Path | None = None) -> str:
     return digest.hexdigest()[:12]
 
 
-def local_model(model: str | Path | None = None) -> Path:
-    """The directory of a model on local disk; one on object storage is copied to a cache first.
+@contextmanager
+def open_model(model: str | Path | None = None) -> Iterator[Path]:
+    """The directory of a model on local disk; None: of the shipped one.
 
-    Raises FileNotFoundError naming what is missing.
+    A model on object storage is copied, and the copy removed at the end. Raises FileNotFoundError
+    naming what is missing.
     """
-    if model is None:
-        directory = SHIPPED
-    elif "://" in str(model):
-        directory = _download(str(model))
-    else:
-        directory = Path(model)
-    missing = [name for name in _FILES if not (directory / name).exists()]
-    if missing:
-        raise FileNotFoundError(
-            f"{model or directory} is no model directory: {', '.join(missing)} missing; give the "
-            "--output of jobs.train, or leave the model out for the shipped one"
-        )
-    return directory
+    with ExitStack() as stack:
+        if model is None:
+            directory = SHIPPED
+        elif "://" in str(model):
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="stylegan-model-"))
+            directory = Path(scratch)
+            _download(str(model), directory)
+        else:
+            directory = Path(model)
+        missing = [name for name in _FILES if not (directory / name).exists()]
+        if missing:
+            raise FileNotFoundError(
+                f"{model or directory} is no model directory: {', '.join(missing)} missing; give "
+                "the --output of jobs.train, or leave the model out for the shipped one"
+            )
+        yield directory
 
 
-@cache
-def _download(uri: str) -> Path:
-    import tempfile
-
-    from pyarrow.fs import FileSelector
-
+def _download(uri: str, target: Path) -> None:
     filesystem, root = resolve_filesystem(uri)
-    target = Path(tempfile.mkdtemp(prefix="stylegan-model-"))
-    for entry in filesystem.get_file_info(FileSelector(root, allow_not_found=True)):
-        if entry.is_file:
-            with filesystem.open_input_stream(entry.path) as stream:
-                (target / entry.base_name).write_bytes(stream.read())
-    return target
+
+    def copy() -> None:
+        for entry in filesystem.get_file_info(FileSelector(root, allow_not_found=True)):
+            if entry.is_file:
+                with filesystem.open_input_stream(entry.path) as stream:
+                    (target / entry.base_name).write_bytes(stream.read())
+
+    patiently(uri, copy)
 
 
 def save_model(
@@ -269,20 +271,22 @@ class Captioner:
         device: "cuda" where there is a GPU, else "cpu". Raises FileNotFoundError.
         """
         disable_progress_bar()  # of loading a few megabytes
-        directory = local_model(model)
-        settings: dict[str, Any] = json.loads((directory / "generation_config.json").read_text())
-        text = load_file(directory / SEEN) if (directory / SEEN).exists() else {}
-        numbers = {name: frozenset(tensor.tolist()) for name, tensor in text.items()}
-        return cls(
-            Generator.from_pretrained(directory, dtype=torch.float32),
-            Tokenizer.from_file(str(directory / "tokenizer.json")),
-            Decoding(**{k: settings[k] for k in Decoding.__slots__ if k in settings}),
-            rules=Rules(numbers.get("sentences", frozenset()), numbers.get("words", frozenset())),
-            discriminator=Discriminator.load(directory),
-            model_id=str(model) if model is not None else "stylegan-small",
-            revision=model_revision(model),
-            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        )
+        with open_model(model) as directory:
+            settings = json.loads((directory / "generation_config.json").read_text())
+            text = load_file(directory / SEEN) if (directory / SEEN).exists() else {}
+            numbers = {name: frozenset(tensor.tolist()) for name, tensor in text.items()}
+            return cls(
+                Generator.from_pretrained(directory, dtype=torch.float32),
+                Tokenizer.from_file(str(directory / "tokenizer.json")),
+                Decoding(**{k: settings[k] for k in Decoding.__slots__ if k in settings}),
+                rules=Rules(
+                    numbers.get("sentences", frozenset()), numbers.get("words", frozenset())
+                ),
+                discriminator=Discriminator.load(directory),
+                model_id=str(model) if model is not None else "stylegan-small",
+                revision=model_revision(directory),
+                device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            )
 
     def caption(
         self, images: Sequence[ImageLike], style: str = "colloquial",

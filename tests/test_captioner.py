@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,6 +29,7 @@ from stylegan.captioner import (
     save_model,
 )  # fmt: skip
 from stylegan.rules import Rules
+from stylegan.storage import resolve_filesystem
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +168,25 @@ def test_the_revision_is_that_of_the_files(
     save_model(tmp_path, captioner.generator, captioner.tokenizer, decoding, Rules())
     captioner.generator.float()
     assert model_revision(tmp_path) != captioner.model_revision
+
+
+def test_nothing_of_a_model_on_object_storage_stays_on_disk(
+    tiny_model: Path, captioner: Captioner, s3: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    filesystem, root = resolve_filesystem(f"{s3}/{tmp_path.name}")
+    for path in tiny_model.iterdir():
+        with filesystem.open_output_stream(f"{root}/{path.name}") as stream:
+            stream.write(path.read_bytes())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    remote = Captioner.from_pretrained(f"{s3}/{tmp_path.name}", device="cpu")
+    assert not list(tmp_path.iterdir())
+    assert remote.model_revision == captioner.model_revision
+    images = noise_images(3, captioner.image_size)
+    assert remote.caption(images) == captioner.caption(images)
+    with pytest.raises(FileNotFoundError, match=r"no model directory: config\.json"):
+        Captioner.from_pretrained(f"{s3}/{tmp_path.name}/nothing")
+    assert not list(tmp_path.iterdir())
 
 
 def test_transformers_reads_the_directory(tiny_model: Path) -> None:
