@@ -47,7 +47,7 @@ from stylegan.adversarial import train_adversarial
 from stylegan.captioner import Decoding, open_model, save_model
 from stylegan.catalog import resolve_filesystem
 from stylegan.discriminator import Discriminator
-from stylegan.generator import PRESETS, Generator, GeneratorConfig
+from stylegan.generator import PRESETS, Generator, GeneratorConfig, begin_language
 from stylegan.images import decode_image
 from stylegan.losses import LOSSES
 from stylegan.rules import Rules
@@ -282,7 +282,19 @@ def build(config: TrainingConfig, data: Data) -> tuple[Generator, Tokenizer]:
     model_config = GeneratorConfig.preset(
         config.preset, tokenizer.get_vocab_size(), ["formal", *data.sentences], config.dropout
     )
-    return Generator(model_config), tokenizer
+    if not config.language:
+        return Generator(model_config), tokenizer
+    try:
+        language = begin_language(
+            Path(config.language), tokenizer, config.language_layers, config.dropout
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--language {config.language}: {error}; give a directory with the config.json, "
+            "weights and tokenizer.json of an encoder or decoder of transformers"
+        ) from error
+    model_config.text_config = language.config
+    return Generator(model_config, language=language), tokenizer
 
 
 @dataclasses.dataclass(slots=True)
@@ -377,7 +389,8 @@ def fit(
         resume = None
     if config.adversarial_steps <= 0:
         return Trained(generator, None, tokenizer, rules, curves, None)
-    discriminator = Discriminator.beside(generator).to(process.device)
+    discriminator = Discriminator.beside(generator, layers=config.discriminator_layers)
+    discriminator.to(process.device)
     verdict = train_adversarial(
         generator, discriminator, tokenizer, pairs, data.dev, features, rules, config,
         process=process, curves=curves, resume=resume, save=checkpoint, log=log,
@@ -706,6 +719,10 @@ def main() -> int:
             "compared with the others of its product", file=sys.stderr,
         )  # fmt: skip
         return 2
+    for name in ("start", "backbone", "language"):  # workers may run in another directory
+        uri = getattr(arguments, name)
+        if uri and "://" not in uri and uri != "shipped":
+            setattr(arguments, name, str(Path(uri).resolve()))
     names = [field.name for field in dataclasses.fields(TrainingConfig)]
     config = TrainingConfig(**{name: getattr(arguments, name) for name in names})
     if "://" not in arguments.catalog and arguments.catalog != SAMPLES:

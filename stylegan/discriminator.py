@@ -10,6 +10,7 @@ Shapes: N sentences, T tokens, C channels.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -48,6 +49,8 @@ class Discriminator(nn.Module):
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         # the fused kernels have no second derivative, which the penalties need
         self.trunk: Any = AutoModel.from_config(config, attn_implementation="eager")
+        if getattr(self.trunk, "pooler", None) is not None:  # another way to pool, of encoders
+            self.trunk.pooler = None
         width = self.trunk.get_input_embeddings().embedding_dim
         self.convolutions = [nn.Conv1d(width, width // 2, size) for size in (2, 3, 4)]
         self.filters = nn.ModuleList(self.convolutions)
@@ -65,12 +68,21 @@ class Discriminator(nn.Module):
         self.register_buffer("shift", torch.zeros(()))
 
     @classmethod
-    def beside(cls, generator: Generator, dropout: float = 0.3) -> Discriminator:
-        """A discriminator for a generator, its trunk beginning with the generator's language."""
-        language = generator.language
-        text_config = language.config.to_diff_dict() | {"model_type": language.config.model_type}
+    def beside(
+        cls, generator: Generator, dropout: float = 0.3, layers: int = 0
+    ) -> Discriminator:
+        """A discriminator for a generator, its trunk beginning with the generator's language.
+
+        layers: the first so many, 0 for all. A trunk that began as an encoder is one again.
+        """
+        config = copy.deepcopy(generator.language.config)
+        config.num_hidden_layers = min(layers or config.num_hidden_layers, config.num_hidden_layers)
+        if getattr(config, "is_decoder", False):
+            config.is_decoder = False
+        text_config = config.to_diff_dict() | {"model_type": config.model_type}
         model = cls(_plain(text_config), generator.config.styles, dropout)
-        model.trunk.load_state_dict(language.base_model.state_dict())
+        given = generator.language.base_model.state_dict()
+        model.trunk.load_state_dict({name: given[name] for name in model.trunk.state_dict()})
         return model
 
     def embed(self, ids_NT: Tensor) -> Tensor:

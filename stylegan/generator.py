@@ -11,11 +11,14 @@ Shapes: B rows, T caption tokens, P prefix slots, C channels of the language mod
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from inspect import signature
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -299,6 +302,55 @@ class Generator(PreTrainedModel):
             mask = torch.cat([mask, torch.ones_like(start)], dim=1)
             positions = positions[:, -1:] + 1
         return torch.stack(produced, 1), torch.stack(scores, 1)
+
+
+_DROPOUTS = (  # as configurations of transformers call them
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "embd_pdrop", "attn_pdrop",
+    "resid_pdrop", "attention_dropout", "dropout",
+)  # fmt: skip
+
+
+def begin_language(
+    directory: Path, tokenizer: Tokenizer, layers: int = 0, dropout: float = 0.1
+) -> Any:
+    """A causal language model for the tokeniser's entries, with the weights of a pretrained body.
+
+    directory: of a model that AutoModel loads, with its `tokenizer.json`. An encoder becomes causal
+    (Rothe et al., TACL 2020). Each entry begins as the mean of what the pretrained model has for
+    its text. layers: the first so many, 0 for all. Raises ValueError when the weights do not fit
+    the model that AutoModelForCausalLM makes of the configuration.
+    """
+    trained = AutoModel.from_pretrained(directory)
+    config = copy.deepcopy(trained.config)
+    config.vocab_size, config.is_decoder = tokenizer.get_vocab_size(), True
+    config.tie_word_embeddings = True
+    config.pad_token_id, config.bos_token_id, config.eos_token_id = PAD, BOS, EOS
+    config.num_hidden_layers = min(layers or config.num_hidden_layers, config.num_hidden_layers)
+    for name in _DROPOUTS:
+        if hasattr(config, name):
+            setattr(config, name, dropout)
+    language: Any = AutoModelForCausalLM.from_config(config)
+    body = language.base_model
+    table, theirs = body.get_input_embeddings().weight, trained.get_input_embeddings().weight
+    given, taken = trained.state_dict(), {}
+    for name, value in body.state_dict().items():
+        if value.data_ptr() == table.data_ptr():
+            continue
+        if name not in given or given[name].shape != value.shape:
+            raise ValueError(f"{directory} has no weights for {name} {list(value.shape)}")
+        taken[name] = given[name]
+    body.load_state_dict(taken, strict=False)
+    reader = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    reader.no_padding()
+    reader.no_truncation()
+    with torch.no_grad():
+        table.copy_(theirs.mean(0).expand_as(table))
+        table[PAD] = 0
+        for entry in range(EOS + 1, len(table)):
+            pieces = reader.encode(tokenizer.decode([entry]).strip(), add_special_tokens=False).ids
+            if pieces:
+                table[entry] = theirs[pieces].mean(0)
+    return language
 
 
 def _channels(config: Any) -> int:

@@ -32,6 +32,8 @@ class TrainingConfig:
 
     start: a model directory to go on from, "shipped" for the shipped model, "" to begin anew.
     backbone: the same, but of it only the vision backbone is taken; either way none is trained.
+    language: directory of a pretrained encoder or decoder of transformers that the language model
+    begins with, "" to begin it anew. language_layers: how many of its layers, 0 for all.
     backbone_epochs: passes over the catalogue's photographs. backbone_batch: photographs a step.
     backbone_rate: AdamW's peak learning rate. likelihood_steps, likelihood_batch: sentences a step,
     all processes together. likelihood_rate: peak learning rate. dropout: of the language model.
@@ -39,7 +41,8 @@ class TrainingConfig:
     random.
 
     The adversarial stage: adversarial_batch products a step, all processes together, group_size
-    captions of each. adversarial_rate, discriminator_rate: AdamW's. adversarial_decay: of the mean
+    captions of each. adversarial_rate, discriminator_rate: AdamW's. discriminator_layers: of the
+    language model's that its trunk has, 0 for all. adversarial_decay: of the mean
     weights. warmup_steps: of the discriminator alone, at most. loss: a name in losses.LOSSES.
     penalty: weight of R1 and R2. style_weight, content_weight, diversity_weight, matching_weight:
     of the reward's parts. kl_target: nats a token from the likelihood model, 0 for no such bound.
@@ -53,6 +56,8 @@ class TrainingConfig:
     seed: int = 0
     start: str = ""
     backbone: str = ""
+    language: str = ""
+    language_layers: int = 0
     backbone_epochs: int = 24
     backbone_batch: int = 64
     backbone_rate: float = 2e-3
@@ -70,6 +75,7 @@ class TrainingConfig:
     adversarial_rate: float = 2e-4
     adversarial_decay: float = 0.98
     discriminator_rate: float = 2e-4
+    discriminator_layers: int = 0
     warmup_steps: int = 200
     loss: str = "relativistic"
     penalty: float = 0.05

@@ -4,9 +4,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTModel
+from tokenizers import Tokenizer
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTModel,
+)  # fmt: skip
 
-from stylegan.generator import EOS, PAD, Generator, GeneratorConfig
+from stylegan import corpora
+from stylegan.discriminator import Discriminator
+from stylegan.generator import EOS, PAD, Generator, GeneratorConfig, begin_language
 
 
 @pytest.fixture
@@ -100,6 +111,85 @@ def test_pretrained_parts_are_joined(tmp_path: Path) -> None:
     again = Generator.from_pretrained(tmp_path / "joined")
     weight = "embeddings.patch_embeddings.projection.weight"
     assert torch.equal(again.vision.state_dict()[weight], vision.state_dict()[weight])
+
+
+def write_pretrained(directory: Path, kind: str) -> Tokenizer:
+    """A body of three layers with random weights, and its tokeniser."""
+    theirs = corpora.train_tokenizer(corpora.embedded_corpus()[:300], 500)
+    torch.manual_seed(3)
+    body: torch.nn.Module = BertModel(BertConfig(
+        vocab_size=theirs.get_vocab_size(), hidden_size=32, num_hidden_layers=3,
+        num_attention_heads=2, intermediate_size=64,
+    )) if kind == "encoder" else GPT2LMHeadModel(GPT2Config(
+        vocab_size=theirs.get_vocab_size(), n_embd=32, n_layer=3, n_head=2, n_positions=128,
+    )).transformer  # fmt: skip
+    body.save_pretrained(directory)  # type: ignore[operator]
+    PreTrainedTokenizerFast(tokenizer_object=theirs).save_pretrained(directory)
+    return theirs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_a_language_model_begins_with_a_pretrained_body(kind: str, tmp_path: Path) -> None:
+    theirs = write_pretrained(tmp_path, kind)
+    ours = corpora.train_tokenizer(corpora.embedded_corpus()[300:600], 300)
+    language = begin_language(tmp_path, ours, layers=2, dropout=0.3)
+    assert language.config.num_hidden_layers == 2
+    # what spells the same has the same embedding, and the layers are theirs
+    words, given = language.get_input_embeddings().weight, language.base_model.state_dict()
+    trained = (BertModel if kind == "encoder" else GPT2LMHeadModel).from_pretrained(tmp_path)
+    body = trained.base_model.state_dict()
+    table = trained.get_input_embeddings().weight
+    for entry in range(EOS + 1, 300):
+        pieces = theirs.encode(ours.decode([entry]).strip()).ids
+        if pieces:
+            torch.testing.assert_close(words[entry], table[pieces].mean(0))
+    same = [name for name, value in given.items() if name in body and value.shape ==
+            body[name].shape and torch.equal(value, body[name])]  # fmt: skip
+    assert len(same) >= 24 and not any(".2." in name for name in given)
+    assert language.get_output_embeddings().weight is words
+
+    config = GeneratorConfig.preset("tiny", ours.get_vocab_size(), ["formal", "colloquial"])
+    config.text_config = language.config
+    generator = Generator(config, language=language).eval()
+    given_1, caption = conditions(generator, 2), torch.tensor([[5, 6, 7], [8, 9, EOS]])
+    before = generator(*generator.prefix(**given_1), caption)
+    other = caption.clone()
+    other[:, 2] = 11
+    after = generator(*generator.prefix(**given_1), other)
+    torch.testing.assert_close(before[:, :2], after[:, :2])  # what comes later is not seen
+    ids, scores = generator.sample(
+        *generator.prefix(**given_1), lambda log_probs, step: log_probs.argmax(-1), 4
+    )
+    whole = generator(*generator.prefix(**given_1), ids).log_softmax(-1)
+    mask = ids != PAD
+    torch.testing.assert_close(
+        whole.gather(2, ids[..., None]).squeeze(2)[mask], scores[mask], atol=1e-4, rtol=1e-4
+    )
+    generator.save_pretrained(tmp_path / "model")
+    again = Generator.from_pretrained(tmp_path / "model").eval()
+    assert torch.equal(before, again(*again.prefix(**given_1), caption))
+
+    # beside it, a discriminator of one layer; what was an encoder looks both ways again
+    discriminator = Discriminator.beside(generator, layers=1).eval()
+    discriminator.save(tmp_path)
+    loaded = Discriminator.load(tmp_path)
+    assert loaded is not None and loaded.trunk.config.num_hidden_layers == 1
+    ids, style = torch.tensor([[5, 6, 7, EOS]]), torch.zeros(1, dtype=torch.long)
+    embeds = discriminator.embed(ids)
+    states = [discriminator.trunk(inputs_embeds=e).last_hidden_state[0, 0]
+              for e in (embeds, embeds.flip(1).clone().index_copy(1, torch.tensor([0]),
+                                                                  embeds[:, :1]))]  # fmt: skip
+    assert torch.allclose(*states) == (kind == "decoder")
+    assert loaded(ids, style).shape == (1,)
+
+
+def test_a_body_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    ViTModel(ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+    )).save_pretrained(tmp_path)  # fmt: skip
+    with pytest.raises(ValueError):
+        begin_language(tmp_path, corpora.train_tokenizer(["a watch", "a belt"] * 9, 300))
 
 
 def test_an_unknown_preset_names_those_there_are() -> None:
