@@ -582,7 +582,7 @@ def _find_previous(output: str, previous: str | None, *, settle: bool) -> Previo
 def reserve(config: Config) -> Pool:
     """Starts or joins Ray and says what the chain may use of it. Raises ClusterError."""
     cluster.connect()
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # `ray job stop`; Ray's exits
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop`; Ray's exits
     pool = cluster.choose_pool(
         cluster.nodes(), config.actors, config.gpus_per_actor, read_cpus=READ_CPUS,
         write_cpus=WRITE_CPUS, is_local=not os.environ.get("RAY_ADDRESS"),
