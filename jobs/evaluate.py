@@ -309,12 +309,11 @@ class Writer:
         captioner.decoding = dataclasses.replace(
             decoding, max_new_tokens=captioner.decoding.max_new_tokens
         )
+        titles = self.products.titles if is_given else None
+        encoding = captioner.encode(self.pixels[size], titles)
+        rows = range(len(self.products.images))
         written = [
-            captioner.caption(
-                self.pixels[size],
-                descriptions=self.products.titles if is_given else None,
-                seed=[seed * 1_000_000 + row for row in range(len(self.products.images))],
-            )
+            captioner.write(encoding, seed=[seed * 1_000_000 + row for row in rows])
             for seed in self.seeds
         ]
         return System.of(written, self.products.named if is_given else self.products.truths)

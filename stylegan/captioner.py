@@ -496,7 +496,7 @@ class Captioner:
         usual = max(decoding.best_of, decoding.max_candidates)
         # a single candidate is what the model says by itself
         opened = OPENED if decoding.max_candidates > 1 else 0
-        for attempt in range(PERSISTENCE * usual):
+        for attempt in range(max(PERSISTENCE * usual, usual + opened)):
             for start in range(0, len(pending), TILE):
                 tile = pending[start : start + TILE]
                 streams = [
@@ -617,12 +617,14 @@ class Captioner:
 
         idle = torch.arange(TILE, device=self.device) >= len(rows)
         watch = _Watch(self.tokenizer, [limits[row] for row in rows] if limits else [])
+        given = openings or {}
+        forced = [(slot, given[row]) for slot, row in enumerate(rows) if row in given]
 
         def choose(log_probs_BV: Tensor, step: int) -> Tensor:
             def draw(p_BV: Tensor) -> Tensor:
                 tokens_B = _draw(p_BV, draws[:, step], greedy, decoding)
-                for slot, row in enumerate(rows):
-                    if step < len(opening := (openings or {}).get(row, [])):
+                for slot, opening in forced:
+                    if step < len(opening):
                         tokens_B[slot] = opening[step]
                 return tokens_B
 

@@ -229,6 +229,9 @@ def _adversarial_method(config: Mapping[str, Any]) -> str:
         "hinge": "to keep the two apart by a margin",
     }
     loss = str(config.get("loss", "relativistic"))
+    matching = "; for pairs of words as frequent as with people too" * bool(
+        config.get("matching_weight")
+    )
     return f"""\
 Then two networks compete. A discriminator reads sentences that people wrote and sentences that the
 model samples, with words for product and colour hidden in both, so that it hears the voice and not
@@ -236,9 +239,10 @@ the topic. It learns {game.get(loss, "to tell the two apart")} ({loss} loss), wi
 zero-centred gradient penalties on its embeddings (R1 on real, R2 on generated sentences). The
 generator learns from it by policy gradient: of several captions for one product, each is measured
 against the others (RLOO). It is paid for style, as the discriminator hears it, and for content: the
-right product named, nothing contradicted. The exact KL divergence to the likelihood model, token by
-token, and some more likelihood training keep it near what it knew. Delivered is the exponential
-moving average of its weights, of the snapshot that did best by its faults and by a detector that
+right product named, nothing contradicted{matching}.
+The exact KL divergence to the likelihood model, token by token, and some more likelihood training
+keep it near what it knew. Delivered is the exponential moving average of its weights, of the
+snapshot that did best by its faults and by a detector that
 learns anew at each measure. `training.html` tells the story step by step.
 
 `caption_score` is that discriminator's verdict on a caption, from 0 to 1: the probability that a

@@ -45,9 +45,10 @@ PANELS: dict[str, list[Panel]] = {
         Panel(
             "adversarial", "Reward",
             {"reward": "total", "reward_style": "style", "reward_content": "content",
-             "reward_form": "form"},
+             "reward_form": "form", "matching": "matching"},
             "What the generator is paid. Style: the discriminator's score, which counts by its "
-            "differences only. Content and form: what faults cost.",
+            "differences only. Content and form: what faults cost. Matching: phrases that "
+            "captions wear out cost, those that they forget pay.",
             main=True,
         ),
         Panel(

@@ -140,7 +140,7 @@ def divide(
     previous: Previous, catalog: FrozenCatalog, settings: Settings, run_id: str, scratch: Path
 ) -> Division:
     """Compares the input with a previous run. Raises PreviousError when that is damaged."""
-    is_fresh = np.zeros(catalog.num_rows, bool)
+    is_fresh, is_failed = np.zeros(catalog.num_rows, bool), np.zeros(catalog.num_rows, bool)
     changes = Counter[str]()
     replaced: list[pa.Table] = []
     most = max(catalog.num_rows, previous.num_rows // len(previous.versions))
@@ -156,6 +156,7 @@ def divide(
             match = _Match.of(new.read(bucket), old.read(bucket), previous, settings)
             changes.update(match.changes)
             is_fresh[match.rows_to_caption] = True
+            is_failed[match.rows_still_failed] = True
             replaced.append(match.replaced())
             units.write(match.kept_units(catalog.schema))
             ours.write(match.kept_parts(run_id))
@@ -164,7 +165,8 @@ def divide(
     rows_per_unit = min(catalog.rows_per_unit, choose_rows_per_unit(num_fresh))
     fresh = _save(scratch / "unit", cut(_filtered(catalog, is_fresh), rows_per_unit, num_fresh))
     each = len(settings.versions)
-    carried = _save(scratch / "old-unit", cut(units.read(), CARRIED_ROWS, num_carried))
+    kept = _with_bytes(units.read(), catalog, is_failed)
+    carried = _save(scratch / "old-unit", cut(kept, CARRIED_ROWS, num_carried))
     written = _save(scratch / "old-part", cut(ours.read(), CARRIED_ROWS * each, num_carried * each))
     pairs = list(zip(carried, written, strict=True))
     return Division(
@@ -207,6 +209,26 @@ def _filtered(catalog: FrozenCatalog, mask: npt.NDArray[np.bool_]) -> Iterator[p
                 yield from file.read().filter(pa.array(wanted)).to_batches()
 
 
+def _with_bytes(
+    kept: Iterable[pa.RecordBatch], catalog: FrozenCatalog, mask: npt.NDArray[np.bool_]
+) -> Iterator[pa.RecordBatch]:
+    """Kept rows with the bytes of those images that have failed: `errors/` lists such rows whole.
+
+    The others' are null, as nothing reads them. The failed ones are all in memory.
+    """
+    if "_image_bytes" not in catalog.schema.names or not mask.any():
+        yield from kept
+        return
+    failed: dict[str, bytes | None] = {}
+    for rows in _filtered(catalog, mask):
+        columns = (rows.column(name).to_pylist() for name in ("id", "_image_bytes"))
+        failed.update(zip(*columns, strict=True))
+    for rows in kept:
+        at = rows.schema.get_field_index("_image_bytes")
+        data = [failed.get(row_id) for row_id in rows.column("id").to_pylist()]
+        yield rows.set_column(at, "_image_bytes", pa.array(data, pa.binary()))
+
+
 def _save(stem: Path, tables: Iterable[pa.Table]) -> list[Path]:
     paths = []
     for number, table in enumerate(tables):
@@ -231,6 +253,7 @@ class _Match:
     is_carried: npt.NDArray[np.bool_]
     is_locked: npt.NDArray[np.bool_]
     is_changed: npt.NDArray[np.bool_]
+    is_still_failed: npt.NDArray[np.bool_]
     first_version: int | None
     changes: Counter[str]
 
@@ -270,15 +293,23 @@ class _Match:
         changes = Counter({kind: int(mask.sum()) for kind, mask in kinds.items()})
         changes["gone"] = len(ids) - int(is_known.sum())
         return cls(
-            new, old, settings, old_rows, is_carried, is_locked, kinds["changed"], first_version,
-            changes,
+            new, old, settings, old_rows, is_carried, is_locked, kinds["changed"],
+            kinds["still_failed"], first_version, changes,
         )  # fmt: skip
 
     @property
     def rows_to_caption(self) -> npt.NDArray[np.int64]:
         """Their numbers in the input."""
+        return self._numbers(~self.is_carried & ~self.is_locked)
+
+    @property
+    def rows_still_failed(self) -> npt.NDArray[np.int64]:
+        """The same of those that failed in the previous run and are carried over."""
+        return self._numbers(self.is_still_failed)
+
+    def _numbers(self, mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
         numbers: npt.NDArray[np.int64] = self.new.column("_image_row").to_numpy()
-        return numbers[~self.is_carried & ~self.is_locked]
+        return numbers[mask]
 
     def replaced(self) -> pa.Table:
         """Some of the changed rows that had a caption, with it, and their numbers in the input."""

@@ -428,7 +428,7 @@ def test_image_bytes_in_a_column_are_known_by_their_hash(tmp_path: Path) -> None
     assert caption(run) == ["3"]
     assert run.changes and run.changes["carried_over"] == 99 and run.changes["still_failed"] == 1
     listed = pq.read_table(f"{run.path}/errors").to_pylist()
-    assert [row["id"] for row in listed] == ["99"]
+    assert [(row["id"], row["_image_bytes"]) for row in listed] == [("99", b"broken")]
 
 
 def test_many_nights_of_any_change(tmp_path: Path) -> None:

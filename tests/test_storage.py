@@ -141,7 +141,7 @@ def three_nights(place: str, scratch: Path, proxy: FaultyProxy) -> None:
 
 @pytest.mark.timeout(900)
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["any", "slow down", "lost"])
+@pytest.mark.parametrize("kind", ["any", *KINDS])
 def test_every_request_may_fail(
     s3: str, tmp_path: Path, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:

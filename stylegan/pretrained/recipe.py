@@ -70,6 +70,7 @@ ABLATIONS: dict[str, list[str]] = {
     "no content reward": ["--content-weight", "0"],
     "no replay": ["--replay-share", "0"],
     "no likelihood": ["--likelihood-weight", "0"],
+    "no matching": ["--matching-weight", "0"],
     "minimax": ["--loss", "minimax"],
     "non-saturating": ["--loss", "non-saturating"],
     "hinge": ["--loss", "hinge"],
