@@ -553,7 +553,7 @@ class Captioner:
         nouns = [m.form for m in mentions if m.types & concepts.head]
         if not nouns:
             return []
-        word = "these" if corpora.is_many(nouns[-1]) else "this"
+        word = "these" if corpora.lexicon().is_many(nouns[-1]) else "this"
         return list(self.tokenizer.encode(f"{word} {nouns[-1]}").ids)
 
     def _judge(self, written: _Generated, concepts: Concepts, limits: _Limits) -> _Candidate:

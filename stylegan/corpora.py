@@ -234,9 +234,14 @@ class Lexicon:
             frozenset().union(*(m.genders for m in mentions)),
         )
 
+    @staticmethod
+    def is_many(form: str) -> bool:
+        """Whether a form names many things ("watches", "jeans")."""
+        return form.endswith("s") and not form.endswith(("ss", "us", "is"))
+
     def is_singular(self, form: str) -> bool | None:
         """Whether a form is one thing ("watch"), many ("watches", "jeans"); None: either."""
-        if form.endswith("s") and not form.endswith(("ss", "us", "is")):
+        if self.is_many(form):
             return False
         # "men's watch" and "sweet potato" have a plural among the forms; "jean" is half of "jeans"
         plurals = set(_plurals(form)) - {form}
@@ -411,16 +416,11 @@ def couple(
     return chances
 
 
-def is_many(form: str) -> bool:
-    """Whether a noun is a plural, by its form."""
-    return form.endswith("s") and not form.endswith("ss")
-
-
 def _said_of(pair: _Pair, kind: str) -> str:
     """The sentence with another kind in the place of its own; verbs and articles follow."""
     before: str | None = pair.text[: pair.main.start]
     after = pair.text[pair.main.end :]
-    if is_many(kind) and not is_many(pair.main.form):
+    if lexicon().is_many(kind) and not lexicon().is_many(pair.main.form):
         before, after = _to_plural(pair.text[: pair.main.start], after)
     article = "an " if kind[0] in "aeiou" else "a "
     return re.sub(r"\b(a|an) $", article, before or "") + kind + after
@@ -553,11 +553,12 @@ class PseudoPairs:
         elif set(kinds) & words.praised and len(text.split()) <= LONGEST_PRAISE:
             others |= words.wearable
         many = _to_plural(text[: main.start], text[main.end :])[0] is not None
-        from_many = is_many(main.form)
+        from_many = words.is_many(main.form)
         return frozenset(
             kind
             for kind in others
-            if kind in self.by_kind and (not from_many if not is_many(kind) else from_many or many)
+            if kind in self.by_kind
+            and (from_many or many if words.is_many(kind) else not from_many)
         )
 
     def paired_example(self, style: str, random: np.random.Generator) -> Example:
@@ -593,7 +594,8 @@ class PseudoPairs:
                 description = product.description
             return Example(text, style, description, product.image if random.random() < 0.5 else -1)
         # no product has this colour: the concepts themselves are the description
-        words = sorted({m.form for m in lexicon().mentions(text) if m.colours})
+        mentions = lexicon().mentions(text)
+        words = sorted({m.form for m in mentions if m.colours and not m.types & said.types})
         return Example(text, style, formal_description(kind, " ".join(words), ""))
 
     def condition(self, style: str, random: np.random.Generator) -> tuple[Example, Concepts]:

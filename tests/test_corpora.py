@@ -180,6 +180,19 @@ def test_every_sentence_as_often_and_every_kind_as_frequent() -> None:
     assert corpora.couple({}, {"dress": 1}) == {}
 
 
+def test_a_colour_that_no_product_has_is_described_without_the_noun() -> None:
+    pairs = PseudoPairs([Product(0, "Orange."), Product(1, "Black watch.")], {
+        "colloquial": ["such a juicy orange.", "this red watch is so sleek."],
+    })  # fmt: skip
+    random = np.random.default_rng(0)
+    drawn = {e.text: e.description for e in
+             (pairs.paired_example("colloquial", random) for _ in range(60))}  # fmt: skip
+    assert drawn == {
+        "such a juicy orange.": "Orange.", "this red watch is so sleek.": "Red watch.",
+    }  # fmt: skip
+    assert not corpora.lexicon().is_many("asparagus") and corpora.lexicon().is_many("jeans")
+
+
 def test_praise_is_said_of_others_but_not_what_belongs_to_its_own() -> None:
     products = [
         Product(0, "Black watch."), Product(1, "Red dress."), Product(2, "Green sandals."),
