@@ -399,6 +399,9 @@ def train_backbone(
 # --- likelihood, on both roads -----------------------------------------------------------------
 
 
+PART = 16  # sentences of one backward pass
+
+
 @dataclass(frozen=True, slots=True)
 class TextBatch:
     """Conditions and targets of one step: B rows.
@@ -462,12 +465,13 @@ def draw_examples(
     count: int,
     random: np.random.Generator,
 ) -> list[Example]:
-    """The mixture of a step: from background text early on to pseudo-pairs at the end.
+    """The mixture of a step: much background text early on, mostly pseudo-pairs at the end.
 
-    progress: 0 to 1. Formal descriptions of photographs are a fifth throughout.
+    progress: 0 to 1. Formal descriptions of photographs are a fifth throughout; some background
+    and plain sentences stay to the end, or the few pseudo-pairs are learned by heart.
     """
-    share_background = 0.5 * max(0.0, 1 - progress / 0.6) if background else 0.0
-    share_plain = 0.25 * (1 - progress)
+    share_background = 0.2 + 0.3 * max(0.0, 1 - progress / 0.6) if background else 0.0
+    share_plain = 0.2
     styles = [style for style in pairs.plain]
     examples = []
     for _ in range(count):
@@ -548,34 +552,38 @@ def train_likelihood(
         best, step = resume["best"], resume["step"]
         best_weights = [value.to(device) for value in resume["best_weights"]]
     rows = max(1, config.likelihood_batch // process.size)
-    pool: list[list[Example]] = []
     started, done_at_start, nats, tokens = time.monotonic(), step, 0.0, 0
     model.train()
     model.vision.eval()
     while step < config.likelihood_steps:
-        # eight steps' examples at once, sorted by length, so that little is padding
-        if not pool or step % 8 == 0:
-            random = np.random.default_rng([config.seed, 7, step // 8, process.rank])
-            progress = step / config.likelihood_steps
-            drawn = draw_examples(pairs, background, progress, rows * 8, random)
-            drawn.sort(key=lambda example: len(example.text))
-            pool = [drawn[i * rows : (i + 1) * rows] for i in random.permutation(8)]
-            pool = pool[step % 8 :]
-        batch = encode_batch(pool.pop(0), tokenizer, model.config, features)
+        random = np.random.default_rng([config.seed, 7, step, process.rank])
+        progress = step / config.likelihood_steps
+        drawn = draw_examples(pairs, background, progress, rows, random)
+        # In parts of like length, so that little is padding. Each step has all lengths and one
+        # divisor: were a short sentence's tokens to weigh more, captions would end too early.
+        drawn.sort(key=lambda example: len(example.text))
+        parts = [
+            encode_batch(drawn[i : i + PART], tokenizer, model.config, features)
+            for i in range(0, rows, PART)
+        ]
+        count = sum(int((part.caption_BT != PAD).sum()) for part in parts)
         torch.manual_seed(config.seed * 1_000_003 + step * process.size + process.rank)  # dropout
-        noise = torch.randn(len(batch.style_B), model.config.noise_size)
-        with process.autocast():
-            loss, count = caption_loss(model, batch, noise, device)
-        process.check_finite(loss, "likelihood", step)
         rate = config.likelihood_rate * warmup_cosine(step, config.likelihood_steps)
         for group in optimiser.param_groups:
             group["lr"] = rate
         optimiser.zero_grad(set_to_none=True)
-        (loss / count).backward()
+        total = torch.zeros((), device=device)
+        for part in parts:
+            noise = torch.randn(len(part.style_B), model.config.noise_size)
+            with process.autocast():
+                loss, _ = caption_loss(model, part, noise, device)
+            (loss / count).backward()
+            total += loss.detach()
+        process.check_finite(total, "likelihood", step)
         process.average_gradients(trained)
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
-        nats, tokens, step = nats + loss.item(), tokens + int(count), step + 1
+        nats, tokens, step = nats + total.item(), tokens + count, step + 1
         decay = min(config.ema_decay, (1 + step) / (10 + step))
         with torch.no_grad():
             for mean, parameter in zip(average, trained, strict=True):

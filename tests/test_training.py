@@ -165,7 +165,38 @@ def test_mixture_moves_from_background_to_pairs() -> None:
         return sum(example.text == "background." for example in drawn) / 400
 
     assert share_background(0.0) == pytest.approx(0.4, abs=0.08)
-    assert share_background(1.0) == 0
+    assert share_background(1.0) == pytest.approx(0.16, abs=0.06)
+    alone = training.draw_examples(pairs, [], 1.0, 400, random)
+    assert {example.text for example in alone} <= {*WATCH, "red watch."}
+
+
+def test_captions_are_as_long_as_sentences() -> None:
+    """Short sentences and long ones that begin alike: each goes on as often as it was seen to.
+
+    Were a step's loss divided by the tokens of short sentences alone, they would end too early.
+    """
+    short = "such a lovely watch."
+    sentences = [
+        short, short, "such a lovely watch with a thin gold case and a dial that is easy to read.",
+    ]  # fmt: skip
+    tokenizer = corpora.train_tokenizer(sentences, 400)
+    pairs = corpora.PseudoPairs([corpora.Product(0, "Watch.")], {"colloquial": sentences})
+    config = GeneratorConfig.preset(
+        "tiny", tokenizer.get_vocab_size(), ["formal", "colloquial"], dropout=0.0
+    )
+    torch.manual_seed(0)
+    generator, features = Generator(config), torch.zeros(1, 4, 64)
+    training.train_likelihood(
+        generator, tokenizer, pairs, [], features, [Example(short, "colloquial")],
+        TrainingConfig(likelihood_steps=150, likelihood_batch=48, likelihood_rate=2e-3),
+        process=Process(), curves=Curves(), log=lambda line: None,
+    )  # fmt: skip
+    batch = training.encode_batch([Example(short, "colloquial")], tokenizer, config, features)
+    with torch.no_grad():
+        prefix = generator.prefix(*batch.conditions(), torch.zeros(1, config.noise_size))
+        nats = generator(*prefix, batch.caption_BT).log_softmax(-1)
+    ended = nats[0, -2, batch.caption_BT[0, -2]].exp().item()  # "." after "watch"
+    assert ended == pytest.approx(2 / 3, abs=0.1)
 
 
 def test_loss_counts_each_token_once() -> None:
