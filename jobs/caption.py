@@ -243,9 +243,12 @@ def _actors(text: str) -> tuple[int, int]:
 
 
 def caption_units(
-    run: Run, units: list[int], config: Config, image_size: int, pool: Pool
-) -> Iterator[dict[str, Any]]:
+    run: Run, units: list[int], config: Config, image_size: int, pool: Pool,
+    actor: type[CaptionUnit] | None = None,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Captions units and writes their parts; one receipt a unit, as they are done.
+
+    actor: what captions a unit, CaptionUnit; a benchmark gives one that waits instead.
 
     A unit is one row of the data set from end to end, its table packed into one value. So Ray can
     neither split nor merge it, and what an actor gets does not depend on sizes or settings.
@@ -262,7 +265,7 @@ def caption_units(
             **TASK_TRIES,
         )
         .map(
-            CaptionUnit,  # type: ignore[arg-type]  # a class: Ray makes actors of it
+            actor or CaptionUnit,  # type: ignore[arg-type]  # a class: Ray makes actors of it
             fn_constructor_kwargs={"run": run, "config": config, "device": pool.device},
             compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
             num_cpus=1,
@@ -482,7 +485,7 @@ class Model:
             )
 
 
-def run_job(config: Config) -> Found | None:
+def run_job(config: Config, actor: type[CaptionUnit] | None = None) -> Found | None:
     """Captions what the configuration asks for; the finished run, with its `run` if it is new.
 
     None after a dry run, unless the run is finished already.
@@ -553,7 +556,7 @@ def run_job(config: Config) -> Found | None:
                 unplanned = found.uri if found else None
                 run = runs.plan_run(output, settings, catalog, unplanned, previous)
             scratch.cleanup()  # the plan holds the input now
-            _complete(run, config, model, lock, previous, catalog)
+            _complete(run, config, model, lock, previous, catalog, actor)
             return Found(run.uri, True, run)
 
 
@@ -605,7 +608,7 @@ def _local_paths(run: Run, config: Config) -> dict[str, str]:
 
 def _complete(
     run: Run, config: Config, model: Model, lock: Lock, previous: Previous | None,
-    catalog: FrozenCatalog,
+    catalog: FrozenCatalog, actor: type[CaptionUnit] | None,
 ) -> None:  # fmt: skip
     """Captions the units without a part, verifies all parts against the input, publishes.
 
@@ -638,7 +641,9 @@ def _complete(
             )
             since = time.monotonic()
             with Progress(run.num_rows, done) as progress:
-                for receipt in caption_units(run, units, config, model.image_size, pool):
+                for receipt in caption_units(
+                    run, units, config, model.image_size, pool, actor
+                ):
                     lock.check()
                     progress.add(run.unit_rows(receipt["unit"]), receipt["failed"])
                     limit.add(receipt["failed"])
