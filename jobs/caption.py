@@ -99,6 +99,7 @@ class Config:
     batch_size: int | None
     actors: tuple[int, int] | None
     gpus_per_actor: float | None
+    wait_for_machines: float
     previous: str | None
     retry_failed: bool
     attribute_columns: tuple[str, ...]
@@ -156,6 +157,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
         help="captioners; left out: one a GPU, else one a core, up to 8 a node")  # fmt: skip
     add("--gpus-per-actor", metavar="F", type=_fraction,
         help="share of a GPU of each captioner, 0 to 1; left out: 1 if there are GPUs")  # fmt: skip
+    add("--wait-for-machines", metavar="MINUTES", default=0.0, type=_price,
+        help="while a cluster has too few for --actors and --gpus-per-actor (0)")  # fmt: skip
     add("--previous", metavar="URI|latest", help="run whose unchanged rows are carried over, "
         "without a look at their images; latest: the last one below --output, if any")  # fmt: skip
     add("--retry-failed", action="store_true",
@@ -586,10 +589,20 @@ def reserve(config: Config) -> Pool:
     """Starts or joins Ray and says what the chain may use of it. Raises ClusterError."""
     cluster.connect()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop`; Ray's exits
-    pool = cluster.choose_pool(
-        cluster.nodes(), config.actors, config.gpus_per_actor, read_cpus=READ_CPUS,
-        write_cpus=WRITE_CPUS, is_local=not os.environ.get("RAY_ADDRESS"),
-    )  # fmt: skip
+    until, said = time.monotonic() + 60 * config.wait_for_machines, ""
+    while True:
+        try:
+            pool = cluster.choose_pool(
+                cluster.nodes(), config.actors, config.gpus_per_actor, read_cpus=READ_CPUS,
+                write_cpus=WRITE_CPUS, is_local=not os.environ.get("RAY_ADDRESS"),
+            )  # fmt: skip
+            break
+        except ClusterError as error:
+            if time.monotonic() >= until:
+                raise
+            if said != (said := str(error)):
+                _say(f"waiting for machines: {error}")
+            time.sleep(2)
     needed = pool.actors[0] + READ_CPUS + WRITE_CPUS
     if (free := ray.available_resources().get("CPU", 0.0)) < needed:
         _say(f"waiting for CPUs: {needed:g} are needed, other work on the cluster leaves {free:g}")

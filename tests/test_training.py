@@ -199,6 +199,34 @@ def test_unknown_labels_do_not_train() -> None:
     assert gradient[:2].abs().sum() == 0 and gradient[2:].abs().sum() > 0
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
+def test_a_step_is_the_same_samples_with_any_number_of_processes(size: int) -> None:
+    rows = np.arange(64)
+    shares = [Process(rank, size).share(rows) for rank in range(size)]
+    assert np.concatenate(shares).tolist() == rows.tolist()
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_workers_are_as_many_as_there_is_room_for() -> None:
+    choose = job.choose_workers
+    assert choose((1, 8), 2, 0, True) == (2, False)  # no GPU
+    assert choose((1, 8), 16, 1, True) == (1, True)  # one
+    assert choose((1, 8), 64, 8, True) == (8, True)  # eight
+    assert choose((1, 8), 64, 3, False) == ((1, 8), True)  # others may come
+    assert choose((2, 2), 64, 8, False) == (2, True)
+    with pytest.raises(job.InputError, match="--workers asks for 2, and there are 1 GPUs"):
+        choose((2, 4), 64, 1, False)
+
+
+@pytest.mark.parametrize("workers", ["-1", "0,2", "3,2", "two", "1,2,3"])
+def test_workers_that_make_no_sense_are_refused(
+    workers: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        job.parser().parse_args(["--workers", workers])
+    assert workers in capsys.readouterr().err
+
+
 def test_a_loss_that_is_not_finite_stops_and_says_where() -> None:
     with pytest.raises(NonFiniteLoss, match="not finite at step 7: lower --likelihood-rate"):
         Process().check_finite(torch.tensor(float("nan")), "likelihood", 7)
@@ -290,7 +318,7 @@ def test_a_cluster_that_loses_a_machine_trains_on_with_what_is_left(
         cluster.wait_for_nodes()
         line = arguments(
             inputs, Path("model"), "--output", f"{s3}/elastic", "--workers", "1,2",
-            "--backbone-epochs", "2", "--likelihood-steps", "300", "--save-every", "20",
+            "--backbone-epochs", "2", "--likelihood-steps", "120", "--save-every", "20",
             "--adversarial-steps", "4", "--save-adversarial", "2",
         )  # fmt: skip
         log = tmp_path / "log"
@@ -313,6 +341,6 @@ def test_a_cluster_that_loses_a_machine_trains_on_with_what_is_left(
     filesystem = resolve_filesystem(s3)[0]
     with filesystem.open_input_stream("shop/elastic/curves.json") as stream:
         rows = json.loads(stream.read())["rows"]
-    assert [r["step"] for r in rows if r["stage"] == "likelihood"] == list(range(20, 301, 20))
+    assert [r["step"] for r in rows if r["stage"] == "likelihood"] == list(range(20, 121, 20))
     assert [row["stage"] for row in rows].count("backbone held-out") == 1
     assert Captioner.from_pretrained(f"{s3}/elastic").styles == ("formal", "colloquial")
