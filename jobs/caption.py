@@ -66,7 +66,8 @@ from stylegan.publish import PublishError
 from stylegan.run import Found, Run, RunError
 
 READ_CPUS = 0.5  # fetching waits for storage, decoding works in a child process
-WRITE_CPUS = 0.1
+WRITE_CPUS = 0.1  # of all that write: each waits for storage
+CAPTIONERS_PER_WRITER = 4  # at least two write; a unit is written much faster than captioned
 # By default Ray Data starts for ever again what crashes. A unit that crashes its actor stops the
 # job when the restarts are used up; its tries have no limit, for a lost node uses up many at once.
 TASK_TRIES: Any = {"max_retries": 5}
@@ -257,6 +258,9 @@ def caption_units(
     neither split nor merge it, and what an actor gets does not depend on sizes or settings.
     """
     least, most, readers = (min(n, len(units)) for n in (*pool.actors, pool.readers))
+    # Without a bound, units that are done faster than processes start get a process each to be
+    # written, and what reads waits for all of these to start.
+    writers = min(max(2, -(-most // CAPTIONERS_PER_WRITER)), len(units))
     unit_bytes = run.rows_per_unit * image_size * image_size * 3
     cluster.bound_waiting(unit_bytes * (readers + 3 * most + 2))
     return iter(
@@ -275,7 +279,12 @@ def caption_units(
             num_gpus=pool.gpus,
             **ACTOR_TRIES,
         )
-        .map(partial(write_part, run=run), num_cpus=WRITE_CPUS, **TASK_TRIES)
+        .map(
+            partial(write_part, run=run),
+            compute=ray.data.TaskPoolStrategy(size=writers),
+            num_cpus=WRITE_CPUS / writers,
+            **TASK_TRIES,
+        )
         .iter_rows()
     )
 
