@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 
@@ -53,6 +55,14 @@ def test_the_table_shows_every_assumption() -> None:
     assert lines[2].startswith(row)
     for name, value in dataclasses.asdict(given).items():
         assert f"{value:g} {sizing.HELP[name]}" in table
+
+
+def test_the_readme_has_the_table_that_its_command_prints() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (command,) = re.findall(r"`python -m jobs\.benchmark (--sizing [^`]+)`", readme)
+    flag, numbers, *flags = command.split()
+    table = sizing.table([int(number) for number in numbers.split(",")], parse(*flags))
+    assert table.split("\n\n")[0] in readme
 
 
 @pytest.mark.parametrize(

@@ -318,7 +318,7 @@ def test_a_cluster_that_loses_a_machine_trains_on_with_what_is_left(
         cluster.wait_for_nodes()
         line = arguments(
             inputs, Path("model"), "--output", f"{s3}/elastic", "--workers", "1,2",
-            "--backbone-epochs", "2", "--likelihood-steps", "120", "--save-every", "20",
+            "--backbone-epochs", "2", "--likelihood-steps", "200", "--save-every", "20",
             "--adversarial-steps", "4", "--save-adversarial", "2",
         )  # fmt: skip
         log = tmp_path / "log"
@@ -341,6 +341,6 @@ def test_a_cluster_that_loses_a_machine_trains_on_with_what_is_left(
     filesystem = resolve_filesystem(s3)[0]
     with filesystem.open_input_stream("shop/elastic/curves.json") as stream:
         rows = json.loads(stream.read())["rows"]
-    assert [r["step"] for r in rows if r["stage"] == "likelihood"] == list(range(20, 121, 20))
+    assert [r["step"] for r in rows if r["stage"] == "likelihood"] == list(range(20, 201, 20))
     assert [row["stage"] for row in rows].count("backbone held-out") == 1
     assert Captioner.from_pretrained(f"{s3}/elastic").styles == ("formal", "colloquial")
