@@ -824,4 +824,8 @@ def _absolute(spec: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # As a module, so that workers import `worker` instead of getting it pickled: Ray replaces print
+    # when a worker's first line comes, and a function with print as its default cannot be pickled.
+    from jobs.train import main as run_main
+
+    sys.exit(run_main())

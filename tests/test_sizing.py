@@ -60,7 +60,7 @@ def test_the_table_shows_every_assumption() -> None:
 def test_the_readme_has_the_table_that_its_command_prints() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     (command,) = re.findall(r"`python -m jobs\.benchmark (--sizing [^`]+)`", readme)
-    flag, numbers, *flags = command.split()
+    _, numbers, *flags = command.split()
     table = sizing.table([int(number) for number in numbers.split(",")], parse(*flags))
     assert table.split("\n\n")[0] in readme
 
