@@ -66,7 +66,8 @@ from stylegan.publish import PublishError
 from stylegan.run import Found, Run, RunError
 
 READ_CPUS = 0.5  # fetching waits for storage, decoding works in a child process
-WRITE_CPUS = 0.1
+WRITE_CPUS = 0.1  # of all that write: each waits for storage
+CAPTIONERS_PER_WRITER = 4  # at least two write; a unit is written much faster than captioned
 # By default Ray Data starts for ever again what crashes. A unit that crashes its actor stops the
 # job when the restarts are used up; its tries have no limit, for a lost node uses up many at once.
 TASK_TRIES: Any = {"max_retries": 5}
@@ -99,6 +100,7 @@ class Config:
     batch_size: int | None
     actors: tuple[int, int] | None
     gpus_per_actor: float | None
+    wait_for_machines: float
     previous: str | None
     retry_failed: bool
     attribute_columns: tuple[str, ...]
@@ -156,6 +158,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
         help="captioners; left out: one a GPU, else one a core, up to 8 a node")  # fmt: skip
     add("--gpus-per-actor", metavar="F", type=_fraction,
         help="share of a GPU of each captioner, 0 to 1; left out: 1 if there are GPUs")  # fmt: skip
+    add("--wait-for-machines", metavar="MINUTES", default=0.0, type=_price,
+        help="while a cluster has too few for --actors and --gpus-per-actor (0)")  # fmt: skip
     add("--previous", metavar="URI|latest", help="run whose unchanged rows are carried over, "
         "without a look at their images; latest: the last one below --output, if any")  # fmt: skip
     add("--retry-failed", action="store_true",
@@ -243,14 +247,20 @@ def _actors(text: str) -> tuple[int, int]:
 
 
 def caption_units(
-    run: Run, units: list[int], config: Config, image_size: int, pool: Pool
-) -> Iterator[dict[str, Any]]:
+    run: Run, units: list[int], config: Config, image_size: int, pool: Pool,
+    actor: type[CaptionUnit] | None = None,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Captions units and writes their parts; one receipt a unit, as they are done.
+
+    actor: what captions a unit, CaptionUnit; a benchmark gives one that waits instead.
 
     A unit is one row of the data set from end to end, its table packed into one value. So Ray can
     neither split nor merge it, and what an actor gets does not depend on sizes or settings.
     """
     least, most, readers = (min(n, len(units)) for n in (*pool.actors, pool.readers))
+    # Without a bound, units that are done faster than processes start get a process each to be
+    # written, and what reads waits for all of these to start.
+    writers = min(max(2, -(-most // CAPTIONERS_PER_WRITER)), len(units))
     unit_bytes = run.rows_per_unit * image_size * image_size * 3
     cluster.bound_waiting(unit_bytes * (readers + 3 * most + 2))
     return iter(
@@ -262,14 +272,19 @@ def caption_units(
             **TASK_TRIES,
         )
         .map(
-            CaptionUnit,  # type: ignore[arg-type]  # a class: Ray makes actors of it
+            actor or CaptionUnit,  # type: ignore[arg-type]  # a class: Ray makes actors of it
             fn_constructor_kwargs={"run": run, "config": config, "device": pool.device},
             compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
             num_cpus=1,
             num_gpus=pool.gpus,
             **ACTOR_TRIES,
         )
-        .map(partial(write_part, run=run), num_cpus=WRITE_CPUS, **TASK_TRIES)
+        .map(
+            partial(write_part, run=run),
+            compute=ray.data.TaskPoolStrategy(size=writers),
+            num_cpus=WRITE_CPUS / writers,
+            **TASK_TRIES,
+        )
         .iter_rows()
     )
 
@@ -482,7 +497,7 @@ class Model:
             )
 
 
-def run_job(config: Config) -> Found | None:
+def run_job(config: Config, actor: type[CaptionUnit] | None = None) -> Found | None:
     """Captions what the configuration asks for; the finished run, with its `run` if it is new.
 
     None after a dry run, unless the run is finished already.
@@ -553,7 +568,7 @@ def run_job(config: Config) -> Found | None:
                 unplanned = found.uri if found else None
                 run = runs.plan_run(output, settings, catalog, unplanned, previous)
             scratch.cleanup()  # the plan holds the input now
-            _complete(run, config, model, lock, previous, catalog)
+            _complete(run, config, model, lock, previous, catalog, actor)
             return Found(run.uri, True, run)
 
 
@@ -583,10 +598,20 @@ def reserve(config: Config) -> Pool:
     """Starts or joins Ray and says what the chain may use of it. Raises ClusterError."""
     cluster.connect()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop`; Ray's exits
-    pool = cluster.choose_pool(
-        cluster.nodes(), config.actors, config.gpus_per_actor, read_cpus=READ_CPUS,
-        write_cpus=WRITE_CPUS, is_local=not os.environ.get("RAY_ADDRESS"),
-    )  # fmt: skip
+    until, said = time.monotonic() + 60 * config.wait_for_machines, ""
+    while True:
+        try:
+            pool = cluster.choose_pool(
+                cluster.nodes(), config.actors, config.gpus_per_actor, read_cpus=READ_CPUS,
+                write_cpus=WRITE_CPUS, is_local=not os.environ.get("RAY_ADDRESS"),
+            )  # fmt: skip
+            break
+        except ClusterError as error:
+            if time.monotonic() >= until:
+                raise
+            if said != (said := str(error)):
+                _say(f"waiting for machines: {error}")
+            time.sleep(2)
     needed = pool.actors[0] + READ_CPUS + WRITE_CPUS
     if (free := ray.available_resources().get("CPU", 0.0)) < needed:
         _say(f"waiting for CPUs: {needed:g} are needed, other work on the cluster leaves {free:g}")
@@ -605,7 +630,7 @@ def _local_paths(run: Run, config: Config) -> dict[str, str]:
 
 def _complete(
     run: Run, config: Config, model: Model, lock: Lock, previous: Previous | None,
-    catalog: FrozenCatalog,
+    catalog: FrozenCatalog, actor: type[CaptionUnit] | None,
 ) -> None:  # fmt: skip
     """Captions the units without a part, verifies all parts against the input, publishes.
 
@@ -638,7 +663,9 @@ def _complete(
             )
             since = time.monotonic()
             with Progress(run.num_rows, done) as progress:
-                for receipt in caption_units(run, units, config, model.image_size, pool):
+                for receipt in caption_units(
+                    run, units, config, model.image_size, pool, actor
+                ):
                     lock.check()
                     progress.add(run.unit_rows(receipt["unit"]), receipt["failed"])
                     limit.add(receipt["failed"])

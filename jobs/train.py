@@ -2,13 +2,17 @@
 
     python -m jobs.train --catalog catalog.csv --colloquial sentences.txt --output model/
     python -m jobs.train --catalog … --colloquial reviews.csv --colloquial humorous=funny.txt …
+    python -m jobs.train --workers 1,8 …            as many of 1 to 8 as the cluster has at a time
     python -m jobs.train            a demonstration: a tiny model, in minutes, on drawn products
 
 Stages: the vision backbone on the catalogue's attributes; likelihood on both roads (describe: image
 → formal description; rewrite: description and image → sentence); then the adversarial stage, in
 which a discriminator that reads the sentences teaches the generator their voice. To resume, run the
 same command again: it goes on from the last checkpoint under OUTPUT/training. With --workers 0 the
-loops run in this process, without Ray; with more, one process a worker under Ray Train.
+loops run in this process, without Ray; with more, one process a worker under Ray Train, each on a
+GPU where the cluster has any. With MIN,MAX a cluster that loses machines trains on with those that
+are left, from the last checkpoint, and takes in new ones later; a step is the same number of
+samples with any number of workers.
 
 The catalogue is a CSV or Parquet table: `image` (a path relative to it, or a URI), `description`
 (formal), and where there are any `title` (other formal texts to start from), `type`, `colour`,
@@ -430,7 +434,8 @@ def worker(settings: dict[str, Any]) -> None:
 
     arguments = argparse.Namespace(**settings["arguments"])
     config, process = TrainingConfig(**settings["config"]), Process.current()
-    torch.set_num_threads(settings["threads"])
+    here = ray.train.get_context().get_local_world_size()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
 
     def save(state: dict[str, Any], curves: Curves) -> None:
         metrics = {"stage": state["stage"], "step": state["step"]}
@@ -453,6 +458,9 @@ def worker(settings: dict[str, Any]) -> None:
         if last is not None:
             with last.as_directory() as directory:
                 resume = load_state(Path(directory) / "state.pt")
+        if process.rank == 0:
+            since = f"from step {resume['step']} of {resume['stage']}" if resume else "anew"
+            log(f"training {since} with {process.size} workers on {process.device}")
         trained = fit(config, data, process, resume, save, log)
     except (InputError, NonFiniteLoss) as error:
         # every process is here, for the same reason: trying again would end the same way
@@ -562,6 +570,31 @@ def publish(
             _write(arguments.output, path.name, path.read_bytes())
 
 
+def choose_workers(
+    asked: tuple[int, int], cpus: float, gpus: float, is_local: bool
+) -> tuple[int | tuple[int, int], bool]:
+    """How many workers for --workers MIN,MAX, or between what, and whether each has a GPU.
+
+    A machine of its own neither grows nor shrinks: there the number is fixed, by its GPUs, else its
+    CPUs. Raises InputError when there are not enough.
+    """
+    least, most = asked
+    there, kind = (int(gpus), "GPUs") if gpus else (int(cpus), "CPUs")
+    if there < least:
+        raise InputError(
+            f"--workers asks for {least}, and there are {there} {kind}, one for each: lower it"
+            + ("" if is_local else ", or wait until the machines are up")
+        )
+    if is_local:
+        return min(most, there), bool(gpus)
+    return (least if least == most else (least, most)), bool(gpus)
+
+
+RESIZE_S = 300.0  # between two looks for new machines; taking one in costs the steps since a save
+# A lost machine is a failure among these; what fails each time ends within minutes.
+MAX_FAILURES = 20
+
+
 def train_with_ray(arguments: argparse.Namespace, config: TrainingConfig, cache: Path) -> None:
     """The same stages in `--workers` processes; a killed worker is replaced and goes on."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -570,36 +603,55 @@ def train_with_ray(arguments: argparse.Namespace, config: TrainingConfig, cache:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    from stylegan.cluster import ClusterError, check_visible
+
     cores = os.cpu_count() or 1
+    on_cluster = bool(os.environ.get("RAY_ADDRESS")) or ray.is_initialized()
     if not ray.is_initialized():
-        on_cluster = bool(os.environ.get("RAY_ADDRESS"))
         ray.init(
-            **({} if on_cluster else {"num_cpus": max(cores, arguments.workers + 2)}),
+            **({} if on_cluster else {"num_cpus": max(cores, arguments.workers[0] + 2)}),
             include_dashboard=None if on_cluster else False,
             logging_level=logging.WARNING,
         )
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= arguments.workers
+    there = ray.cluster_resources()
+    cpus = there.get("CPU", 0.0) if on_cluster else max(cores, arguments.workers[0])
+    workers, use_gpu = choose_workers(
+        arguments.workers, cpus, there.get("GPU", 0.0), is_local=not on_cluster
+    )
     settings = {
         "arguments": vars(arguments),
         "config": dataclasses.asdict(config),
         "cache": str(cache),
-        "threads": max(1, cores // arguments.workers),
     }
     storage = (
         arguments.output if "://" in arguments.output else str(Path(arguments.output).resolve())
     )
-    # the run's name is its configuration: the same command finds its checkpoints, another does not
-    name = hashlib.sha256(json.dumps(settings["arguments"], sort_keys=True).encode()).hexdigest()[
-        :12
-    ]
+    if "://" not in storage:
+        os.makedirs(storage, exist_ok=True)
+    inputs = {spec.rpartition("=")[2] for spec in arguments.colloquial} - {EMBEDDED}
+    paths = {"--output": storage} | {f"--colloquial {path}": path for path in inputs}
+    if arguments.catalog != SAMPLES:
+        paths["--catalog"] = arguments.catalog
+    try:
+        check_visible({flag: path for flag, path in paths.items() if "://" not in path})
+    except ClusterError as error:
+        raise InputError(str(error)) from error
+    # The run's name is its configuration: the same command finds its checkpoints, another does not.
+    # How many train is no part of it.
+    named = {key: value for key, value in vars(arguments).items() if key != "workers"}
+    name = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:12]
     trainer = TorchTrainer(
         worker,
         train_loop_config=settings,
-        scaling_config=ScalingConfig(num_workers=arguments.workers, use_gpu=use_gpu),
+        scaling_config=ScalingConfig(  # V2's; the types are those of V1
+            num_workers=workers,  # type: ignore[arg-type]
+            use_gpu=use_gpu,
+            elastic_resize_monitor_interval_s=RESIZE_S,  # type: ignore[call-arg]
+        ),
         run_config=RunConfig(
             name=name,
             storage_path=f"{storage}/training",
-            failure_config=FailureConfig(max_failures=3),
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
@@ -680,7 +732,10 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--output", help="model directory, on disk or s3://")
     parser.add_argument("--preset", default="small", choices=sorted(PRESETS), help="model size")
-    parser.add_argument("--workers", type=int, default=1, help="processes; 0: without Ray")
+    parser.add_argument(
+        "--workers", type=_workers, default="1", metavar="N|MIN,MAX",
+        help="processes, a GPU each where there are any; 0: without Ray",
+    )  # fmt: skip
     parser.add_argument(
         "--temperature", type=float, default=1.0, help="the model's own, for captions"
     )
@@ -699,6 +754,16 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _workers(text: str) -> tuple[int, int]:
+    low, _, high = text.partition(",")
+    if not (low.isdecimal() and (high or low).isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 0 up, or MIN,MAX")
+    pair = int(low), int(high or low)
+    if pair[0] > pair[1] or (pair[0] == 0 and pair[1]):
+        raise argparse.ArgumentTypeError(f"{text!r}: MIN is from 1 to MAX")
+    return pair
+
+
 def main() -> int:
     options = parser()
     arguments = options.parse_args()
@@ -710,9 +775,13 @@ def main() -> int:
         if not getattr(arguments, flag):
             print(f"error: --{flag} is missing; see --help", file=sys.stderr)
             return 2
-    if arguments.workers < 0:
-        print(f"error: --workers is {arguments.workers}: choose 0 or more", file=sys.stderr)
-        return 2
+    for stage in ("backbone", "likelihood", "adversarial"):
+        if (batch := getattr(arguments, f"{stage}_batch")) < arguments.workers[1]:
+            print(
+                f"error: --{stage}-batch is {batch}, and --workers {arguments.workers[1]}: each "
+                "worker needs a part of it", file=sys.stderr,
+            )  # fmt: skip
+            return 2
     if arguments.group_size < 2:
         print(
             f"error: --group-size is {arguments.group_size}: choose 2 or more, each caption is "
@@ -732,7 +801,7 @@ def main() -> int:
     ]
     cache = Path(tempfile.gettempdir()) / "stylegan-pixels"
     try:
-        if arguments.workers:
+        if arguments.workers[1]:
             train_with_ray(arguments, config, cache)
         else:
             train_here(arguments, config, cache)
@@ -755,4 +824,8 @@ def _absolute(spec: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # As a module, so that workers import `worker` instead of getting it pickled: Ray replaces print
+    # when a worker's first line comes, and a function with print as its default cannot be pickled.
+    from jobs.train import main as run_main
+
+    sys.exit(run_main())

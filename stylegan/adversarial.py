@@ -401,7 +401,7 @@ def train_adversarial(
     optimiser_g, optimiser_d = optimisers()
     controls, step = Controls(), 0
     replay: dict[str, list[list[int]]] = {style: [] for style in styles}
-    rows = max(1, config.adversarial_batch // process.size)
+    rows = len(process.share(range(config.adversarial_batch)))
     size = config.group_size
 
     def draw_real(style_N: Tensor, chance: np.random.Generator) -> list[list[int]]:
@@ -619,7 +619,7 @@ def train_adversarial(
 
         # --- mean weights ------------------------------------------------------------------------
         step += 1
-        controls.samples_seen += count * process.size
+        controls.samples_seen += config.adversarial_batch * size
         decay = min(config.adversarial_decay, (1 + step) / (10 + step))
         with torch.no_grad():
             for value, parameter in zip(average, trained, strict=True):
@@ -646,7 +646,7 @@ def train_adversarial(
                 pair_accuracy=controls.accuracy, beta=controls.beta, rate=rate,
                 d_steps=controls.discriminator_steps,
                 **{name: float(np.mean(values)) for name, values in sums.items()},
-                samples_per_second=count * process.size / seconds,
+                samples_per_second=config.adversarial_batch * size / seconds,
                 minutes_left=seconds * (config.adversarial_steps - step) / 60,
             ))  # fmt: skip
         if step % config.report_adversarial == 0:  # in every process, or the others' would grow

@@ -113,6 +113,14 @@ class Process:
             return cls(dist.get_rank(), dist.get_world_size(), device)
         return cls(device=device)
 
+    def share(self, rows: Sequence[Any] | np.ndarray) -> np.ndarray:
+        """This process's part of the rows of a step, all of which are as large to within one row.
+
+        However many processes there are, a step is the same number of samples: a training may go on
+        with more or fewer of them than it began with.
+        """
+        return np.array_split(np.asarray(rows), self.size)[self.rank]
+
     def autocast(self) -> torch.autocast:
         """bfloat16 where the processor multiplies it faster: GPUs, and CPUs that have AMX or
         AVX512-BF16."""
@@ -320,8 +328,7 @@ def train_backbone(
     classes = {name: int(values.max()) + 1 for name, values in labels.items()}
     heads = AttributeHeads(model.vision.config.hidden_sizes[-1], classes, dropout=0.2).to(device)
     trained = nn.ModuleList([model.vision, heads])
-    process_batch = max(1, config.backbone_batch // process.size)
-    steps_per_epoch = max(1, len(pixels) // (process_batch * process.size))
+    steps_per_epoch = max(1, len(pixels) // config.backbone_batch)
     steps = steps_per_epoch * config.backbone_epochs
     optimiser = torch.optim.AdamW(parameter_groups(trained, config.weight_decay), betas=(0.9, 0.98))
     average = {k: v.detach().clone() for k, v in trained.state_dict().items()}
@@ -338,8 +345,8 @@ def train_backbone(
         order = np.random.default_rng([config.seed, epoch]).permutation(len(pixels))
         resolution = size * 3 // 4 if epoch < config.backbone_epochs * 2 // 3 else size
         for batch in range(step % steps_per_epoch, steps_per_epoch):
-            first = (batch * process.size + process.rank) * process_batch
-            rows = order[first : first + process_batch]
+            first = batch * config.backbone_batch
+            rows = process.share(order[first : first + config.backbone_batch])
             random = torch.Generator().manual_seed(
                 config.seed * 1_000_003 + step * process.size + process.rank
             )
@@ -379,7 +386,7 @@ def train_backbone(
                 seconds = (time.monotonic() - started) / max(1, step - done_at_start)
                 log(curves.add(
                     "backbone", step=step, steps=steps, epoch=epoch, loss=loss.item(), rate=rate,
-                    images_per_second=process_batch * process.size / seconds,
+                    images_per_second=config.backbone_batch / seconds,
                     minutes_left=seconds * (steps - step) / 60,
                 ))  # fmt: skip
             if step % config.save_every == 0:
@@ -551,7 +558,7 @@ def train_likelihood(
         average = [value.to(device) for value in resume["average"]]
         best, step = resume["best"], resume["step"]
         best_weights = [value.to(device) for value in resume["best_weights"]]
-    rows = max(1, config.likelihood_batch // process.size)
+    rows = len(process.share(range(config.likelihood_batch)))
     started, done_at_start, nats, tokens = time.monotonic(), step, 0.0, 0
     model.train()
     model.vision.eval()
@@ -593,7 +600,7 @@ def train_likelihood(
             log(curves.add(
                 "likelihood", step=step, steps=config.likelihood_steps,
                 nats_per_token=nats / max(tokens, 1), rate=rate,
-                samples_per_second=rows * process.size / seconds,
+                samples_per_second=config.likelihood_batch / seconds,
                 minutes_left=seconds * (config.likelihood_steps - step) / 60,
             ))  # fmt: skip
             nats, tokens = 0.0, 0

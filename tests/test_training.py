@@ -3,8 +3,11 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from PIL import Image, ImageDraw
 from jobs import train as job
 from stylegan import corpora, training
 from stylegan.captioner import Captioner
+from stylegan.catalog import resolve_filesystem
 from stylegan.corpora import Example
 from stylegan.generator import EOS, Generator, GeneratorConfig
 from stylegan.training import Curves, NonFiniteLoss, Process, TrainingConfig
@@ -226,6 +230,34 @@ def test_unknown_labels_do_not_train() -> None:
     assert gradient[:2].abs().sum() == 0 and gradient[2:].abs().sum() > 0
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
+def test_a_step_is_the_same_samples_with_any_number_of_processes(size: int) -> None:
+    rows = np.arange(64)
+    shares = [Process(rank, size).share(rows) for rank in range(size)]
+    assert np.concatenate(shares).tolist() == rows.tolist()
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_workers_are_as_many_as_there_is_room_for() -> None:
+    choose = job.choose_workers
+    assert choose((1, 8), 2, 0, True) == (2, False)  # no GPU
+    assert choose((1, 8), 16, 1, True) == (1, True)  # one
+    assert choose((1, 8), 64, 8, True) == (8, True)  # eight
+    assert choose((1, 8), 64, 3, False) == ((1, 8), True)  # others may come
+    assert choose((2, 2), 64, 8, False) == (2, True)
+    with pytest.raises(job.InputError, match="--workers asks for 2, and there are 1 GPUs"):
+        choose((2, 4), 64, 1, False)
+
+
+@pytest.mark.parametrize("workers", ["-1", "0,2", "3,2", "two", "1,2,3"])
+def test_workers_that_make_no_sense_are_refused(
+    workers: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        job.parser().parse_args(["--workers", workers])
+    assert workers in capsys.readouterr().err
+
+
 def test_a_loss_that_is_not_finite_stops_and_says_where() -> None:
     with pytest.raises(NonFiniteLoss, match="not finite at step 7: lower --likelihood-rate"):
         Process().check_finite(torch.tensor(float("nan")), "likelihood", 7)
@@ -301,3 +333,45 @@ def test_two_workers_train_under_ray_and_agree(inputs: Path, tmp_path: Path) -> 
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert Captioner.from_pretrained(tmp_path / "model").styles == ("formal", "colloquial")
     assert list((tmp_path / "model" / "training").glob("*/checkpoint_*/state.pt"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_a_cluster_that_loses_a_machine_trains_on_with_what_is_left(
+    inputs: Path, s3: str, tmp_path: Path
+) -> None:
+    """Two machines of one CPU, checkpoints on object storage; one of them is killed."""
+    from ray.cluster_utils import Cluster
+
+    cluster: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        machines = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        cluster.wait_for_nodes()
+        line = arguments(
+            inputs, Path("model"), "--output", f"{s3}/elastic", "--workers", "1,2",
+            "--backbone-epochs", "2", "--likelihood-steps", "200", "--save-every", "20",
+            "--adversarial-steps", "4", "--save-adversarial", "2",
+        )  # fmt: skip
+        log = tmp_path / "log"
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "jobs.train", *line], stdout=stream, stderr=stream,
+                env=os.environ | {"RAY_ADDRESS": cluster.address},
+            )  # fmt: skip
+        while "likelihood  step 60" not in log.read_text():
+            assert process.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.2)
+        cluster.remove_node(machines[1], allow_graceful=False)
+        assert process.wait(240) == 0, log.read_text()[-3000:]
+    finally:
+        cluster.shutdown()
+    said = log.read_text()
+    assert "training anew with 2 workers on cpu" in said
+    resumed = re.search(r"training from step (\d+) of likelihood with 1 workers on cpu", said)
+    assert resumed and int(resumed[1]) >= 40
+    filesystem = resolve_filesystem(s3)[0]
+    with filesystem.open_input_stream("shop/elastic/curves.json") as stream:
+        rows = json.loads(stream.read())["rows"]
+    assert [r["step"] for r in rows if r["stage"] == "likelihood"] == list(range(20, 201, 20))
+    assert [row["stage"] for row in rows].count("backbone held-out") == 1
+    assert Captioner.from_pretrained(f"{s3}/elastic").styles == ("formal", "colloquial")
