@@ -265,7 +265,7 @@ def caption_units(
             CaptionUnit,  # type: ignore[arg-type]  # a class: Ray makes actors of it
             fn_constructor_kwargs={"run": run, "config": config, "device": pool.device},
             compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
-            num_cpus=1,
+            num_cpus=pool.cpus,
             num_gpus=pool.gpus,
             **ACTOR_TRIES,
         )
@@ -348,6 +348,12 @@ class CaptionUnit:
 
         # The one CPU that it reserves: the number of threads can change the last bits of a sum.
         torch.set_num_threads(1)
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ClusterError(
+                f"node {ray.util.get_node_ip_address()} has a GPU for Ray, and torch "
+                f"{torch.__version__} sees none: install torch with CUDA and a driver there, or "
+                "give --gpus-per-actor 0"
+            )
         self.run, self.batch_size = run, config.batch_size
         self.captioner = Captioner.from_pretrained(config.model, device=device)
         if self.captioner.model_revision != run.settings.model_revision:
@@ -587,9 +593,13 @@ def reserve(config: Config) -> Pool:
         cluster.nodes(), config.actors, config.gpus_per_actor, read_cpus=READ_CPUS,
         write_cpus=WRITE_CPUS, is_local=not os.environ.get("RAY_ADDRESS"),
     )  # fmt: skip
-    needed = pool.actors[0] + READ_CPUS + WRITE_CPUS
-    if (free := ray.available_resources().get("CPU", 0.0)) < needed:
-        _say(f"waiting for CPUs: {needed:g} are needed, other work on the cluster leaves {free:g}")
+    cpus = pool.actors[0] * pool.cpus + READ_CPUS + WRITE_CPUS
+    for name, needed in (("CPU", cpus), ("GPU", pool.actors[0] * pool.gpus)):
+        if (free := ray.available_resources().get(name, 0.0)) < needed:
+            _say(
+                f"waiting for {name}s: {needed:g} are needed, other work on the cluster leaves "
+                f"{free:g}"
+            )
     return pool
 
 
