@@ -259,6 +259,8 @@ def caption_units(
             partial(read_images, run=run, image_size=image_size),
             compute=ray.data.TaskPoolStrategy(size=readers),
             num_cpus=READ_CPUS,
+            # Ray Data spreads over all nodes; Ray itself turns to those with GPUs last
+            scheduling_strategy="DEFAULT" if pool.gpus else "SPREAD",
             **TASK_TRIES,
         )
         .map(

@@ -83,16 +83,6 @@ def captions(output: Path | str) -> list[dict[str, Any]]:
     return list(table.drop_columns(list(VOLATILE)).sort_by(keys).to_pylist())
 
 
-@pytest.fixture(scope="module")
-def quiet(
-    local_ray: None, shop: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """The output of a run that nothing disturbed."""
-    output = tmp_path_factory.mktemp("quiet") / "captions"
-    assert main(arguments(shop, tiny_model, output)) == 0
-    return output
-
-
 # --- what comes out -----------------------------------------------------------------------------
 
 
