@@ -198,7 +198,14 @@ def check_visible(paths: dict[str, str]) -> None:
 
     for node in living:
         here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        for flag in ray.get(missing.options(scheduling_strategy=here).remote(paths), timeout=120):
+        unseen = missing.options(scheduling_strategy=here, max_retries=0).remote(paths)
+        try:
+            flags = ray.get(unseen, timeout=120)
+        except RayError:
+            if node["NodeID"] in {other["NodeID"] for other in ray.nodes() if other["Alive"]}:
+                raise
+            continue  # it was lost meanwhile
+        for flag in flags:
             raise ClusterError(
                 f"{flag} is {paths[flag]}, which node {node['NodeManagerAddress']} does not see: "
                 "give an s3:// URI, or a directory that all nodes share"
