@@ -269,13 +269,15 @@ def caption_units(
             partial(read_images, run=run, image_size=image_size),
             compute=ray.data.TaskPoolStrategy(size=readers),
             num_cpus=READ_CPUS,
+            # Ray Data spreads over all nodes; Ray itself turns to those with GPUs last
+            scheduling_strategy="DEFAULT" if pool.gpus else "SPREAD",
             **TASK_TRIES,
         )
         .map(
             actor or CaptionUnit,  # type: ignore[arg-type]  # a class: Ray makes actors of it
             fn_constructor_kwargs={"run": run, "config": config, "device": pool.device},
             compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
-            num_cpus=1,
+            num_cpus=pool.cpus,
             num_gpus=pool.gpus,
             **ACTOR_TRIES,
         )
@@ -363,6 +365,12 @@ class CaptionUnit:
 
         # The one CPU that it reserves: the number of threads can change the last bits of a sum.
         torch.set_num_threads(1)
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ClusterError(
+                f"node {ray.util.get_node_ip_address()} has a GPU for Ray, and torch "
+                f"{torch.__version__} sees none: install torch with CUDA and a driver there, or "
+                "give --gpus-per-actor 0"
+            )
         self.run, self.batch_size = run, config.batch_size
         self.captioner = Captioner.from_pretrained(config.model, device=device)
         if self.captioner.model_revision != run.settings.model_revision:
@@ -612,9 +620,13 @@ def reserve(config: Config) -> Pool:
             if said != (said := str(error)):
                 _say(f"waiting for machines: {error}")
             time.sleep(2)
-    needed = pool.actors[0] + READ_CPUS + WRITE_CPUS
-    if (free := ray.available_resources().get("CPU", 0.0)) < needed:
-        _say(f"waiting for CPUs: {needed:g} are needed, other work on the cluster leaves {free:g}")
+    cpus = pool.actors[0] * pool.cpus + READ_CPUS + WRITE_CPUS
+    for name, needed in (("CPU", cpus), ("GPU", pool.actors[0] * pool.gpus)):
+        if (free := ray.available_resources().get(name, 0.0)) < needed:
+            _say(
+                f"waiting for {name}s: {needed:g} are needed, other work on the cluster leaves "
+                f"{free:g}"
+            )
     return pool
 
 

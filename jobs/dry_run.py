@@ -77,7 +77,7 @@ def rehearse(
         pieces = [rows.slice(*cut) for cut in cuts]
         sample = _plan_sample([rows.slice(0, 1), *pieces], catalog, settings, scratch)
         # one of the job's own actors, so that it is on the device that it will have
-        Captioner: Any = ray.remote(num_cpus=1, num_gpus=pool.gpus)(CaptionUnit)
+        Captioner: Any = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus)(CaptionUnit)
         captioner = Captioner.remote(sample, config, pool.device)
 
         def caption(unit: int) -> dict[str, Any]:

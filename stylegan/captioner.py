@@ -2,7 +2,9 @@
 
 A caption depends on its image, description, style, seed, the model and the decoding settings, and
 on nothing else: every forward pass runs on a tile of TILE rows and fixed length, whatever the size
-of the batch, and each row draws from its own random stream.
+of the batch, and each row draws from its own random stream. Where a tile does not fit into memory,
+it is halved for good and tried again: the same numbers are drawn, but a smaller tile can change the
+last bits of a sum, as another device can.
 
 A candidate is kept when it obeys the rules (`rules.py`): it names the product, contradicts nothing
 that is known of it, is sayable by a shop, has no word that people do not use and is no sentence
@@ -18,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import math
 import re
 import tempfile
@@ -25,6 +28,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -46,7 +50,7 @@ from stylegan.images import decode_image
 from stylegan.rules import SHOPS, Rules, severity
 from stylegan.storage import patiently, resolve_filesystem
 
-TILE = 32  # rows of every forward pass
+TILE = 32  # rows of every forward pass, where there is memory for them
 SHIPPED = Path(__file__).parent / "pretrained"
 _FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
 SEEN = "training_text.safetensors"  # numbers of sentences and words, no text
@@ -54,6 +58,10 @@ SURE = 0.9  # probability from which on a colour that was only seen may be said
 REFUSALS = 16  # tokens in a row that complete what is forbidden; then the candidate is given up
 OPENED = 4  # candidates that begin with the product's name, where none of the others named it
 PERSISTENCE = 2  # times as many candidates are drawn where only the shop's rules stood in the way
+
+_OUT_OF_MEMORY = re.compile(r"can't allocate memory|_ALLOC_FAILED")  # of the CPU; cuBLAS, cuDNN
+_Row = TypeVar("_Row")
+_Made = TypeVar("_Made")
 
 # an image as bytes, a path, a PIL image or an array [H, W, 3] uint8; None with a description
 ImageLike = bytes | str | Path | Image.Image | np.ndarray | None
@@ -243,7 +251,8 @@ def save_model(
 
 class Captioner:
     """Writes captions with a trained model. Attributes: image_size (pixels of the square that the
-    model reads), styles, model_id, model_revision, decoding (the model's own settings)."""
+    model reads), styles, model_id, model_revision, decoding (the model's own settings), tile (rows
+    of a forward pass)."""
 
     def __init__(
         self, generator: Generator, tokenizer: Tokenizer, decoding: Decoding,
@@ -255,6 +264,7 @@ class Captioner:
         self.tokenizer = tokenizer
         self.decoding = decoding
         self.device = device
+        self.tile = TILE
         self.rules = rules or Rules()
         self.discriminator = None if discriminator is None else discriminator.to(device).eval()
         self.model_id = model_id
@@ -436,21 +446,55 @@ class Captioner:
             return decoded.error_class or "unreadable", decoded.error_message or ""
         return decoded.pixels
 
+    def _by_tile(
+        self, rows: Sequence[_Row], forward: Callable[[Sequence[_Row]], Sequence[_Made]]
+    ) -> Iterator[tuple[_Row, _Made]]:
+        """Each row with what `forward` makes of it, which gets `tile` rows at a time.
+
+        A tile that does not fit into memory is halved from then on; `forward` is called again.
+        Raises torch.OutOfMemoryError when a single row does not fit.
+        """
+        done = 0
+        while done < len(rows):
+            tile = rows[done : done + self.tile]
+            try:
+                made = forward(tile)
+            except RuntimeError as error:
+                is_ours = isinstance(error, torch.OutOfMemoryError)
+                if not is_ours and not _OUT_OF_MEMORY.search(str(error)):
+                    raise
+                if self.tile == 1:
+                    raise torch.OutOfMemoryError(
+                        f"not even one row fits into the memory of {self.device}: put fewer "
+                        "captioners on it (--actors, --gpus-per-actor), or take a smaller model "
+                        f"({error})"
+                    ) from error
+            else:
+                yield from zip(tile, made, strict=True)
+                done += len(tile)
+                continue
+            # here and not above: until the handler ends, its traceback holds the tensors
+            self.tile //= 2
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            logging.getLogger(__name__).warning(
+                "out of memory on %s: tiles of %d rows from now on", self.device, self.tile
+            )
+
     @torch.inference_mode()
     def _features(self, pixels: dict[int, np.ndarray]) -> dict[int, Tensor]:
         """Features [I, C] of each image."""
-        features: dict[int, Tensor] = {}
         size = self.image_size
-        indices = list(pixels)
-        for start in range(0, len(indices), TILE):
-            tile = indices[start : start + TILE]
-            batch = np.zeros((TILE, size, size, 3), dtype=np.uint8)
+
+        def look(tile: Sequence[int]) -> Sequence[Tensor]:
+            batch = np.zeros((self.tile, size, size, 3), dtype=np.uint8)
             for row, index in enumerate(tile):
                 batch[row] = pixels[index]
             images = self.generator.normalise(torch.from_numpy(batch).to(self.device))
             output = self.generator.features(images.contiguous(memory_format=torch.channels_last))
-            features.update(zip(tile, output, strict=False))
-        return features
+            return list(output[: len(tile)])
+
+        return dict(self._by_tile(list(pixels), look))
 
     def _describe(
         self, rows: list[int], features: dict[int, Tensor]
@@ -461,14 +505,11 @@ class Captioner:
         too often.
         """
         texts: dict[int, tuple[str, Concepts]] = {}
-        for start in range(0, len(rows), TILE):
-            tile = rows[start : start + TILE]
-            generated = self._generate(tile, "formal", features, {}, [None] * len(tile), Decoding())
-            for row, written in zip(tile, generated, strict=True):
-                concepts = corpora.lexicon().concepts(written.text)
-                if self._colour_probability(written) < SURE:
-                    concepts = replace(concepts, colours=frozenset())
-                texts[row] = corpora.sentence(written.text).rstrip("."), concepts
+        for row, written in self._generate(rows, "formal", features, {}, Decoding()):
+            concepts = corpora.lexicon().concepts(written.text)
+            if self._colour_probability(written) < SURE:
+                concepts = replace(concepts, colours=frozenset())
+            texts[row] = corpora.sentence(written.text).rstrip("."), concepts
         return texts
 
     def _colour_probability(self, written: _Generated) -> float:
@@ -497,37 +538,29 @@ class Captioner:
         # a single candidate is what the model says by itself
         opened = OPENED if decoding.max_candidates > 1 else 0
         for attempt in range(max(PERSISTENCE * usual, usual + opened)):
-            for start in range(0, len(pending), TILE):
-                tile = pending[start : start + TILE]
-                streams = [
-                    np.random.Generator(np.random.Philox(key=[seeds[i], attempt])) for i in tile
-                ]
-                openings = {
-                    row: self._opening(encoding.known[row], encoding.concepts[row])
-                    for row in tile
-                    if attempt >= usual and "unnamed" in best[row].faults
-                }
-                generated = self._generate(
-                    tile, style, encoding.features, encoding.known, streams, decoding, limits,
-                    openings,
-                )  # fmt: skip
-                candidates = [
-                    self._judge(written, encoding.concepts[row], limits[row])
-                    for row, written in zip(tile, generated, strict=True)
-                ]
-                scores = self._scores([c.text for c in candidates], style) if choosing else []
-                for place, (row, written) in enumerate(zip(tile, generated, strict=True)):
-                    candidate = candidates[place]
-                    if scores:
-                        candidate = replace(candidate, value=scores[place], score=scores[place])
-                    elif choosing:
-                        likelihood = sum(written.log_probabilities) / max(1, len(written.ids))
-                        candidate = replace(candidate, value=likelihood)
-                    obeying[row] += not candidate.faults
-                    if candidate.faults and candidate.faults <= mendable[row]:
-                        promising.add(row)
-                    if row not in best or candidate.rank < best[row].rank:
-                        best[row] = candidate
+            openings = {
+                row: self._opening(encoding.known[row], encoding.concepts[row])
+                for row in pending
+                if attempt >= usual and "unnamed" in best[row].faults
+            }
+            generated = list(self._generate(
+                pending, style, encoding.features, encoding.known, decoding,
+                {row: [seeds[row], attempt] for row in pending}, limits, openings,
+            ))  # fmt: skip
+            candidates = [self._judge(w, encoding.concepts[r], limits[r]) for r, w in generated]
+            scores = self._scores([c.text for c in candidates], style) if choosing else []
+            for place, (row, written) in enumerate(generated):
+                candidate = candidates[place]
+                if scores:
+                    candidate = replace(candidate, value=scores[place], score=scores[place])
+                elif choosing:
+                    likelihood = sum(written.log_probabilities) / max(1, len(written.ids))
+                    candidate = replace(candidate, value=likelihood)
+                obeying[row] += not candidate.faults
+                if candidate.faults and candidate.faults <= mendable[row]:
+                    promising.add(row)
+                if row not in best or candidate.rank < best[row].rank:
+                    best[row] = candidate
             pending = [row for row in pending if obeying[row] < decoding.best_of]
             if attempt >= usual - 1:
                 pending = [
@@ -540,11 +573,9 @@ class Captioner:
                     )
                 ]
         if not choosing:
-            for start in range(0, len(rows), TILE):
-                tile = rows[start : start + TILE]
-                scores = self._scores([best[row].text for row in tile], style)
-                for row, score in zip(tile, scores, strict=False):
-                    best[row] = replace(best[row], score=score)
+            scores = self._scores([best[row].text for row in rows], style)
+            for row, score in zip(rows, scores, strict=False):
+                best[row] = replace(best[row], score=score)
         return best
 
     def _opening(self, description: str, concepts: Concepts) -> list[int]:
@@ -573,52 +604,67 @@ class Captioner:
 
     @torch.inference_mode()
     def _scores(self, texts: Sequence[str], style: str) -> list[float]:
-        """The discriminator's probabilities of one tile of texts; none without one."""
-        if self.discriminator is None:
+        """The discriminator's probabilities of texts; none without one."""
+        if (discriminator := self.discriminator) is None:
             return []
-        ids = hidden_ids(texts, self.tokenizer)
-        padded = pad_ids([*ids, *[[EOS]] * (TILE - len(ids))], LENGTH).to(self.device)
-        styles = torch.full((TILE,), self.styles.index(style), device=self.device)
-        scores = self.discriminator.probability(self.discriminator(padded, styles)).tolist()
-        return [float(score) for score in scores[: len(texts)]]
 
-    @torch.inference_mode()
+        def score(ids: Sequence[list[int]]) -> Sequence[float]:
+            padded = pad_ids([*ids, *[[EOS]] * (self.tile - len(ids))], LENGTH).to(self.device)
+            styles = torch.full((self.tile,), self.styles.index(style), device=self.device)
+            scores = discriminator.probability(discriminator(padded, styles)).tolist()
+            return [float(score) for score in scores[: len(ids)]]
+
+        return [score for _, score in self._by_tile(hidden_ids(texts, self.tokenizer), score)]
+
     def _generate(
         self, rows: list[int], style: str, features: dict[int, Tensor], known: dict[int, str],
-        streams: Sequence[np.random.Generator | None], decoding: Decoding,
+        decoding: Decoding, keys: dict[int, list[int]] | None = None,
         limits: dict[int, _Limits] | None = None, openings: dict[int, list[int]] | None = None,
+    ) -> Iterator[tuple[int, _Generated]]:  # fmt: skip
+        """A text for each row. keys: row → of its random stream; a row without one is decoded
+        greedily, with zero noise. openings: row → tokens that its text begins with."""
+        return self._by_tile(
+            rows,
+            lambda tile: self._generate_tile(
+                tile, style, features, known, decoding, keys or {}, limits, openings or {}
+            ),
+        )
+
+    @torch.inference_mode()
+    def _generate_tile(
+        self, rows: Sequence[int], style: str, features: dict[int, Tensor], known: dict[int, str],
+        decoding: Decoding, keys: dict[int, list[int]], limits: dict[int, _Limits] | None,
+        openings: dict[int, list[int]],
     ) -> list[_Generated]:  # fmt: skip
-        """One tile. A row without a stream is decoded greedily, with zero noise. openings: row →
-        tokens that its text begins with."""
-        config = self.generator.config
+        config, size = self.generator.config, self.tile
         longest = decoding.max_new_tokens
-        image = torch.zeros(TILE, config.image_length, self.generator.projector[0].in_features)
+        image = torch.zeros(size, config.image_length, self.generator.projector[0].in_features)
         image = image.to(self.device)
-        has_image = torch.zeros(TILE, dtype=torch.bool, device=self.device)
-        description = torch.full((TILE, config.description_length), PAD, device=self.device)
-        noise = np.zeros((TILE, config.noise_size), dtype=np.float32)
-        uniform = np.zeros((TILE, longest), dtype=np.float32)
-        for slot, (row, stream) in enumerate(zip(rows, streams, strict=True)):
+        has_image = torch.zeros(size, dtype=torch.bool, device=self.device)
+        description = torch.full((size, config.description_length), PAD, device=self.device)
+        noise = np.zeros((size, config.noise_size), dtype=np.float32)
+        uniform = np.zeros((size, longest), dtype=np.float32)
+        for slot, row in enumerate(rows):
             if row in features:
                 image[slot], has_image[slot] = features[row], True
             if row in known:
                 ids = self.tokenizer.encode(known[row]).ids[: config.description_length]
                 description[slot, : len(ids)] = torch.tensor(ids)
-            if stream is not None:
+            if row in keys:
+                stream = np.random.Generator(np.random.Philox(key=keys[row]))
                 noise[slot] = stream.standard_normal(config.noise_size, dtype=np.float32)
                 uniform[slot] = stream.random(longest, dtype=np.float32)
-        styles = torch.full((TILE,), config.styles.index(style), device=self.device)
+        styles = torch.full((size,), config.styles.index(style), device=self.device)
         prefix, mask = self.generator.prefix(
             image, has_image, description, styles, torch.from_numpy(noise).to(self.device)
         )
-        greedy = torch.tensor([s is None for s in streams] + [True] * (TILE - len(streams)))
+        greedy = torch.tensor([row not in keys for row in rows] + [True] * (size - len(rows)))
         draws = torch.from_numpy(uniform).to(self.device)
         greedy = greedy.to(self.device)
 
-        idle = torch.arange(TILE, device=self.device) >= len(rows)
+        idle = torch.arange(size, device=self.device) >= len(rows)
         watch = _Watch(self.tokenizer, [limits[row] for row in rows] if limits else [])
-        given = openings or {}
-        forced = [(slot, given[row]) for slot, row in enumerate(rows) if row in given]
+        forced = [(slot, openings[row]) for slot, row in enumerate(rows) if row in openings]
 
         def choose(log_probs_BV: Tensor, step: int) -> Tensor:
             def draw(p_BV: Tensor) -> Tensor:

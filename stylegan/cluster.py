@@ -38,8 +38,15 @@ class Pool:
     gpus: float
 
     @property
+    def cpus(self) -> int:
+        """Of one actor. One with a GPU reserves none, so that a node full of readers, to which Ray
+        turns when those without a GPU are full, cannot keep it out."""
+        return 0 if self.gpus else 1
+
+    @property
     def device(self) -> str:
-        return "cuda" if self.gpus else "cpu"
+        """Of torch. STYLEGAN_DEVICE names another than CUDA for what Ray calls a GPU."""
+        return os.environ.get("STYLEGAN_DEVICE", "cuda") if self.gpus else "cpu"
 
 
 def connect() -> None:
@@ -126,8 +133,9 @@ def choose_pool(
 ) -> Pool:  # fmt: skip
     """The actors and readers that fit on nodes of (CPUs, GPUs) each. Raises ClusterError.
 
-    An actor takes one CPU, and `gpus` of a GPU of its node; by default a whole one where there are
-    any. What reads and writes must fit beside the actors, or nothing would ever reach them.
+    An actor keeps one CPU busy, and `gpus` of one GPU of its node; by default a whole one where
+    there are any. What reads and writes must fit beside the actors, or nothing would ever reach
+    them.
     """
     cpus, all_gpus = sum(node[0] for node in nodes), sum(node[1] for node in nodes)
     share = (1.0 if all_gpus else 0.0) if gpus is None else gpus
@@ -136,18 +144,24 @@ def choose_pool(
             f"--gpus-per-actor is {share:g}, and the cluster has no GPU: leave it out, or add "
             "nodes with GPUs"
         )
-    room = sum(int(min(c, g / share if share else c)) for c, g in nodes)
     beside = read_cpus + write_cpus
-    room = min(room, int(cpus - beside))
+    if share:  # a share is of one GPU: .6 of each of two is free, and takes no second actor
+        room = sum(int(min(c, int(g) * int(1 / share))) for c, g in nodes)
+    else:
+        room = min(sum(int(c) for c, _ in nodes), int(cpus - beside))
     if room < 1:
         raise ClusterError(
-            f"the cluster has {cpus:g} CPUs and {all_gpus:g} GPUs; one captioner and what reads "
-            f"and writes beside it need {1 + beside:g} CPUs"
-            + (f" and {share:g} GPU, on one node" if share else "")
-            + ": start Ray with more (ray start --num-cpus), or leave RAY_ADDRESS out"
+            f"the cluster has {cpus:g} CPUs and {all_gpus:g} GPUs; "
+            + (
+                f"a captioner needs a CPU and {share:g} GPU of one node: start Ray with CPUs on "
+                "the nodes with GPUs (ray start --num-cpus), or give --gpus-per-actor 0"
+                if share
+                else f"one captioner and what reads and writes beside it need {1 + beside:g} CPUs: "
+                "start Ray with more (ray start --num-cpus), or leave RAY_ADDRESS out"
+            )
         )
     if actors is None:
-        usual = [MAX_ACTORS_PER_NODE if not share else int(g / share) for _, g in nodes]
+        usual = [MAX_ACTORS_PER_NODE if not share else int(g) * int(1 / share) for _, g in nodes]
         usual = [min(cores(), MAX_ACTORS_PER_NODE)] if is_local and not share else usual
         actors = (min(room, sum(usual)),) * 2
     actors = (actors[0], min(actors[1], max(room, actors[0])))
@@ -155,8 +169,12 @@ def choose_pool(
         raise ClusterError(
             f"--actors asks for {actors[0]}, and {room} fit: {cpus:g} CPUs"
             + (f" and {all_gpus:g} GPUs" if share else "")
-            + f" on {len(nodes)} node(s), {beside:g} CPUs kept to read and write; lower --actors"
-            + (" or --gpus-per-actor" if share else "")
+            + f" on {len(nodes)} node(s), "
+            + (
+                f"one CPU and {share:g} GPU of its node each; lower --actors or --gpus-per-actor"
+                if share
+                else f"{beside:g} CPUs kept to read and write; lower --actors"
+            )
         )
     readers = max(1, int((cpus - actors[0] - write_cpus) / read_cpus))
     return Pool(actors, min(readers, cores()) if is_local else readers, share)
@@ -180,7 +198,14 @@ def check_visible(paths: dict[str, str]) -> None:
 
     for node in living:
         here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        for flag in ray.get(missing.options(scheduling_strategy=here).remote(paths), timeout=120):
+        unseen = missing.options(scheduling_strategy=here, max_retries=0).remote(paths)
+        try:
+            flags = ray.get(unseen, timeout=120)
+        except RayError:
+            if node["NodeID"] in {other["NodeID"] for other in ray.nodes() if other["Alive"]}:
+                raise
+            continue  # it was lost meanwhile
+        for flag in flags:
             raise ClusterError(
                 f"{flag} is {paths[flag]}, which node {node['NodeManagerAddress']} does not see: "
                 "give an s3:// URI, or a directory that all nodes share"

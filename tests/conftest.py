@@ -110,3 +110,17 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 (folder / photo).write_bytes(data)
             rows.writerow([f"{number:03}", photo, title, f"{number}.50", caption, locked])
     return folder / "products.csv"
+
+
+@pytest.fixture(scope="module")
+def quiet(
+    local_ray: None, shop: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The output of a run that nothing disturbed."""
+    from test_caption_job import arguments
+
+    from jobs.caption import main
+
+    output = tmp_path_factory.mktemp("quiet") / "captions"
+    assert main(arguments(shop, tiny_model, output)) == 0
+    return output

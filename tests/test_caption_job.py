@@ -83,16 +83,6 @@ def captions(output: Path | str) -> list[dict[str, Any]]:
     return list(table.drop_columns(list(VOLATILE)).sort_by(keys).to_pylist())
 
 
-@pytest.fixture(scope="module")
-def quiet(
-    local_ray: None, shop: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """The output of a run that nothing disturbed."""
-    output = tmp_path_factory.mktemp("quiet") / "captions"
-    assert main(arguments(shop, tiny_model, output)) == 0
-    return output
-
-
 # --- what comes out -----------------------------------------------------------------------------
 
 
@@ -286,12 +276,44 @@ def test_the_pool_leaves_room_to_read_and_write() -> None:
     assert pools([(16, 4)], gpus=0.5) == Pool((8, 8), 15, 0.5)
     assert pools([(16, 4)], gpus=0) == Pool((8, 8), 15, 0)
     assert pools([(0, 0), (3, 1)]) == Pool((1, 1), 3, 1)
-    for nodes, actors, gpus in [
-        ([(1, 0)], None, None), ([(2, 0)], (2, 2), None), ([(8, 2)], (3, 3), 1.0),
-        ([(8, 0)], None, 0.5), ([(64, 0), (0, 8)], None, None),
-    ]:  # fmt: skip
-        with pytest.raises(ClusterError):
-            pools(nodes, actors, gpus)
+
+
+def test_actors_go_to_gpus_and_readers_to_what_is_left() -> None:
+    """The shapes of cluster.yaml: a head without CPUs, nodes that decode, nodes with a GPU."""
+    three = [(0.0, 0.0), (8.0, 0.0), (8.0, 0.0), (4.0, 1.0), (4.0, 1.0)]
+    assert pools(three) == Pool((2, 2), 43, 1)
+    assert pools(three, (1, 9)) == Pool((1, 2), 45, 1)
+    assert pools(three, gpus=0.25) == Pool((8, 8), 31, 0.25)
+    assert pools(three, (3, 3), 0.5) == Pool((3, 3), 41, 0.5)
+    # one GPU holds one actor of .6 of it, three of a third, and what is over is no fourth
+    assert pools([(16, 2)], gpus=0.6).actors == (2, 2)
+    assert pools([(16, 2)], gpus=0.3333).actors == (6, 6)
+    assert pools([(16, 2)], (1, 99), 0.3).actors == (1, 6)
+    # no more than one for each CPU of the node, and none where there is no GPU
+    assert pools([(64, 0), (4, 8)]).actors == (4, 4)
+    # actors with a GPU reserve no CPU, so that what reads and writes fits beside them
+    assert pools([(4, 4)]) == Pool((4, 4), 1, 1)
+    assert (pools([(4, 4)]).cpus, pools([(4, 0)]).cpus) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "actors", "gpus", "message"),
+    [
+        ([(1, 0)], None, None, "1 CPUs and 0 GPUs; one captioner .* need 1.6 CPUs: start Ray with"),
+        ([(2, 0)], (2, 2), None, "--actors asks for 2, and 1 fit: 2 CPUs on .* lower --actors$"),
+        ([(8, 2)], (3, 3), 1.0, "for 3, and 2 fit: 8 CPUs and 2 GPUs .* or --gpus-per-actor$"),
+        ([(8, 2)], (3, 3), 0.6, "for 3, and 2 fit: .*one CPU and 0.6 GPU of its node each"),
+        ([(99, 0), (4, 1)], (2, 2), None, "for 2, and 1 fit: 103 CPUs and 1 GPUs on 2 node"),
+        ([(8, 0)], None, 0.5, "--gpus-per-actor is 0.5, and the cluster has no GPU: leave it out"),
+        ([(64, 0), (0, 8)], None, None, "a CPU and 1 GPU of one node: .* give --gpus-per-actor 0"),
+    ],
+)
+def test_what_does_not_fit_is_said_with_the_flag_that_mends_it(
+    nodes: list[tuple[float, float]], actors: tuple[int, int] | None, gpus: float | None,
+    message: str,
+) -> None:  # fmt: skip
+    with pytest.raises(ClusterError, match=message):
+        pools(nodes, actors, gpus)
 
 
 # --- quality gates ------------------------------------------------------------------------------

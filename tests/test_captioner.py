@@ -5,14 +5,16 @@ import json
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
 from stylegan.brand import BrandRules, spoken
@@ -50,6 +52,70 @@ def test_a_caption_depends_on_its_row_alone(captioner: Captioner) -> None:
     assert together == backwards
     assert [together[i] for i in (0, 33, 69)] == alone
     assert len({caption.text for caption in together}) > 60
+
+
+def only_rows(captioner: Captioner, most: int) -> Callable[[], None]:
+    """Each part of the networks runs out of memory for more rows than that; call it to undo."""
+
+    def refuse(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        first = next(v for v in (*arguments, *named.values()) if isinstance(v, torch.Tensor))
+        if len(first) > most:
+            raise torch.OutOfMemoryError(f"CUDA out of memory: {len(first)} rows")
+
+    generator = captioner.generator
+    networks = [generator.vision, generator.projector, generator.language, captioner.discriminator]
+    hooks = [n.register_forward_pre_hook(refuse, with_kwargs=True) for n in networks if n]
+    assert len(hooks) == 4
+    return lambda: [hook.remove() for hook in hooks].clear()
+
+
+def test_what_does_not_fit_into_memory_is_tried_again_in_smaller_tiles(
+    tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded = Captioner.from_pretrained(tiny_model, device="cpu")
+    images, seeds = noise_images(40, loaded.image_size), list(range(40))
+    undo = only_rows(loaded, 8)
+    halved = loaded.caption(images, seed=seeds, best_of=2)
+    assert loaded.tile == 8
+    assert [r.message.partition(" rows")[0].split()[-1] for r in caplog.records] == ["16", "8"]
+    undo()
+    assert loaded.caption(images, seed=seeds, best_of=2) == halved  # the smaller tile is kept
+
+    small = Captioner.from_pretrained(tiny_model, device="cpu")
+    small.tile = 8
+    assert small.caption(images, seed=seeds, best_of=2) == halved
+
+    # it runs out in the midst of a caption: what was drawn is drawn again
+    encoding = loaded.encode(images)
+    only_rows(loaded, 2)
+    assert [c.text for c in loaded.write(encoding, seed=seeds)] == [
+        c.text for c in small.write(encoding, seed=seeds)
+    ]
+    assert loaded.tile == 2
+
+
+def test_where_not_even_one_row_fits_the_error_says_so(tiny_model: Path) -> None:
+    loaded = Captioner.from_pretrained(tiny_model, device="cpu")
+    only_rows(loaded, 0)
+    with pytest.raises(torch.OutOfMemoryError, match="not even one row fits into"):
+        loaded.caption([None], descriptions=["Watch"])
+
+
+def test_what_the_cpu_cannot_allocate_is_out_of_memory_and_nothing_else_is(
+    tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded = Captioner.from_pretrained(tiny_model, device="cpu")
+
+    def allocate(module: nn.Module, arguments: tuple[torch.Tensor]) -> None:
+        torch.empty(1 << 60 if len(arguments[0]) > 8 else 1, dtype=torch.uint8)
+
+    hook = loaded.generator.projector.register_forward_pre_hook(allocate)
+    assert loaded.caption(noise_images(1, loaded.image_size))[0].text and loaded.tile == 8
+    hook.remove()
+    loaded.generator.projector.register_forward_pre_hook(lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        loaded.caption(noise_images(1, loaded.image_size))
+    assert loaded.tile == 8
 
 
 def test_some_candidates_begin_with_the_product(
