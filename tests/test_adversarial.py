@@ -222,7 +222,7 @@ FIRST = {
         ({}, {"high_steps": 50}, "pair accuracy was above .9"),
         ({}, {"kl": 0.35}, "KL is 0.35"),
         ({"distinct_2": 0.8}, {}, "distinct-2 fell to 0.80"),
-        ({"contradiction": 0.12}, {}, "contradictions rose"),
+        ({"contradiction": 0.15}, {}, "contradictions rose"),
         ({"words": 5.0}, {}, "5.0 words long"),
         ({"words": 11.0}, {}, "11.0 words long"),
         ({"score": 0.5, "auc": 0.78}, {}, "score rises while another detector"),

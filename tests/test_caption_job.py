@@ -552,6 +552,7 @@ def kill_at(
             for moment in MOMENTS
             for storage in ("disk", "s3")
             if (moment, storage) not in (("midway", "disk"), ("publishing", "s3"))
+            and (moment, storage) not in (("early", "s3"), ("late", "s3"))  # as midway
         ),
     ],
 )

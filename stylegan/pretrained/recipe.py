@@ -58,10 +58,14 @@ GROCERY = {"Satsumas": "satsuma", "Carrots": "carrot"}
 
 # the rest are the defaults of jobs.train
 LIKELIHOOD = [
-    "--preset", "small", "--workers", "0", "--backbone-epochs", "24", "--likelihood-steps", "3000",
-    "--likelihood-rate", "1.5e-3", "--dropout", "0.2",
+    "--preset", "small", "--workers", "0", "--backbone-epochs", "24", "--likelihood-steps", "2600",
+    "--dropout", "0.2",
 ]  # fmt: skip
-ADVERSARIAL = ["--preset", "small", "--workers", "0", "--likelihood-steps", "0"]
+ADVERSARIAL = [
+    "--preset", "small", "--workers", "0", "--likelihood-steps", "0", "--adversarial-steps", "200",
+    "--adversarial-rate", "1e-4", "--discriminator-rate", "5e-4", "--content-weight", "0.5",
+    "--warmup-steps", "150", "--measure-every", "20", "--save-adversarial", "20",
+]  # fmt: skip
 # what each part of the adversarial stage is worth: the same, shorter, with one thing changed
 SHORT = ["--adversarial-steps", "100", "--adversarial-batch", "8", "--group-size", "5"]
 ABLATIONS: dict[str, list[str]] = {
