@@ -20,9 +20,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import logging
 import math
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -477,9 +477,11 @@ class Captioner:
             self.tile //= 2
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            logging.getLogger(__name__).warning(
-                "out of memory on %s: tiles of %d rows from now on", self.device, self.tile
-            )
+            # not by logging: Ray's settings in a process silence loggers of others
+            print(
+                f"out of memory on {self.device}: tiles of {self.tile} rows from now on",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
 
     @torch.inference_mode()
     def _features(self, pixels: dict[int, np.ndarray]) -> dict[int, Tensor]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -70,14 +71,14 @@ def only_rows(captioner: Captioner, most: int) -> Callable[[], None]:
 
 
 def test_what_does_not_fit_into_memory_is_tried_again_in_smaller_tiles(
-    tiny_model: Path, caplog: pytest.LogCaptureFixture
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loaded = Captioner.from_pretrained(tiny_model, device="cpu")
     images, seeds = noise_images(40, loaded.image_size), list(range(40))
     undo = only_rows(loaded, 8)
     halved = loaded.caption(images, seed=seeds, best_of=2)
     assert loaded.tile == 8
-    assert [r.message.partition(" rows")[0].split()[-1] for r in caplog.records] == ["16", "8"]
+    assert re.findall(r"tiles of (\d+) rows", capsys.readouterr().err) == ["16", "8"]
     undo()
     assert loaded.caption(images, seed=seeds, best_of=2) == halved  # the smaller tile is kept
 
@@ -102,7 +103,7 @@ def test_where_not_even_one_row_fits_the_error_says_so(tiny_model: Path) -> None
 
 
 def test_what_the_cpu_cannot_allocate_is_out_of_memory_and_nothing_else_is(
-    tiny_model: Path, caplog: pytest.LogCaptureFixture
+    tiny_model: Path,
 ) -> None:
     loaded = Captioner.from_pretrained(tiny_model, device="cpu")
 
