@@ -200,7 +200,8 @@ def test_a_killed_night_goes_on(tmp_path: Path, moment: str) -> None:
         watcher.join()
     assert not wrong
     assert captions(output) == expected
-    left = names(output)
+    # a kill may leave a half-written `latest` under a hidden name, which nobody reads
+    left = {name for name in names(output) if not re.fullmatch(r"\.latest\.[0-9a-f]{32}", name)}
     runs = {name for name in left if name.startswith("run=")}
     assert left == runs | {"latest"} and runs == set(publish.finished_runs(output))
     assert len(runs) == 2
