@@ -120,11 +120,12 @@ class FrozenCatalog:
 
 
 def choose_rows_per_unit(num_rows: int, bytes_per_row: float = 0.0) -> int:
-    """The largest power of two ≤ num_rows / 64, within 32 … 1024, and ≤ 64 MiB where it can be.
+    """The largest power of two ≤ num_rows / 64, within 32 … 256, and ≤ 64 MiB where it can be.
 
-    About 64 to 128 units: enough to spread over workers and to lose little when one is lost.
+    At least 64 units: enough to spread over workers and to lose little when one is lost. No more
+    rows than that: several units are decoded in memory at a time, some of them copied.
     """
-    bound = min(num_rows / 64, (64 << 20) / max(bytes_per_row, 1.0), 1024)
+    bound = min(num_rows / 64, (64 << 20) / max(bytes_per_row, 1.0), 256)
     return 1 << max(5, math.floor(math.log2(max(bound, 1.0))))
 
 
