@@ -72,7 +72,7 @@ CAPTIONERS_PER_WRITER = 4  # at least two write; a unit is written much faster t
 # job when the restarts are used up; its tries have no limit, for a lost node uses up many at once.
 TASK_TRIES: Any = {"max_retries": 5}
 ACTOR_TRIES: Any = {"max_restarts": 5, "max_task_retries": -1}
-SCORER = "discriminator.safetensors"  # FILE of stylegan.discriminator, which imports torch
+SCORER = "discriminator.safetensors"  # FILE of stylegan.critic, which imports torch
 FETCH_THREADS = 16
 FETCH_ROWS = 64  # images held as bytes by a reader at a time, and as many again on their way
 

@@ -102,7 +102,7 @@ class System:
     captions: list[list[str]]
     truths: list[corpora.Concepts] | None = None
     needs_review: Floats | None = None  # [n, k]
-    scores: Floats | None = None  # [n, k], NaN without a discriminator
+    scores: Floats | None = None  # [n, k], NaN without a critic
     described: list[str] | None = None  # [n] formal, by the model, where it saw the image alone
 
     @classmethod
@@ -352,13 +352,13 @@ def write_captions(
                 f"--likelihood {likelihood} has other tokens than --model {model or '(shipped)'}: "
                 "give the likelihood model that the adversarial training began from"
             )
-        captioner.discriminator = adversarial.discriminator  # the same tokens
+        captioner.critic = adversarial.critic  # the same tokens
         for temperature, name in ((1.0, "1"), (0.8, ".8"), (0.6, ".6")):
             decoding = dataclasses.replace(PLAIN, temperature=temperature)
             add(f"likelihood, T = {name}", captioner, decoding)
         add("likelihood, best of 4", captioner, BEST_OF_4)
-    # a model without a discriminator is what it is
-    name = "adversarial" if adversarial.discriminator is not None else "model"
+    # a model without a critic is what it is
+    name = "adversarial" if adversarial.critic is not None else "model"
     add(f"{name}, T = 1", adversarial, PLAIN)
     add(f"{name}, delivered, image alone", adversarial, delivered, False)
     add(f"{name}, delivered, title given", adversarial, delivered)

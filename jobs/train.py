@@ -47,8 +47,14 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from stylegan import corpora
-from stylegan.adversarial import train_adversarial
-from stylegan.captioner import Decoding, open_model, save_model
+from stylegan.adversarial import train_adversarial, train_critic
+from stylegan.captioner import (
+    Captioner,
+    Decoding,
+    open_model,
+    save_model,
+    token_frequency,
+)  # fmt: skip
 from stylegan.catalog import resolve_filesystem
 from stylegan.discriminator import Discriminator
 from stylegan.generator import PRESETS, Generator, GeneratorConfig, begin_language
@@ -73,8 +79,10 @@ DEMONSTRATION: dict[str, Any] = {
     "catalog": SAMPLES, "colloquial": [EMBEDDED], "output": "models/tiny", "preset": "tiny",
     "backbone_epochs": 12, "likelihood_steps": 1500, "likelihood_rate": 2e-3, "dropout": 0.2,
     "adversarial_steps": 120, "adversarial_rate": 3e-4, "discriminator_rate": 3e-4,
-    "report_every": 100,
+    "report_every": 100, "critic_captions": 3000,
 }  # fmt: skip
+# how a trained model draws its captions: see README, Measured
+DELIVERED = {"temperature": 0.9, "max_surprise": 1.5, "selectivity": 4.0, "max_candidates": 16}
 # sentences left out of all training, to choose weights by and to watch the game with: one in so
 # many, and of those that name a product
 DEV_SHARE, DEV_NAMED = 32, 8
@@ -305,10 +313,7 @@ def build(config: TrainingConfig, data: Data) -> tuple[Generator, Tokenizer]:
 class Trained:
     """What a training makes. verdict: figures before and after the adversarial stage, if any."""
 
-    generator: Generator
-    discriminator: Discriminator | None
-    tokenizer: Tokenizer
-    rules: Rules
+    captioner: Captioner
     curves: Curves
     verdict: dict[str, dict[str, float]] | None
 
@@ -351,10 +356,11 @@ def begin(config: TrainingConfig, data: Data) -> tuple[Generator, Tokenizer, Cur
 
 
 def fit(
-    config: TrainingConfig, data: Data, process: Process, resume: dict[str, Any] | None,
-    save: Callable[[dict[str, Any], Curves], None], log: Callable[[str], None] = print,
+    config: TrainingConfig, decoding: Decoding, data: Data, process: Process,
+    resume: dict[str, Any] | None, save: Callable[[dict[str, Any], Curves], None],
+    log: Callable[[str], None] = print,
 ) -> Trained:  # fmt: skip
-    """All stages, from the beginning or from a checkpoint."""
+    """All stages, from the beginning or from a checkpoint. decoding: of the model's captions."""
     generator, tokenizer, curves = begin(config, data)
     if resume is not None:
         curves = Curves(**resume["curves"])
@@ -391,15 +397,32 @@ def fit(
                 process=process, curves=curves, resume=resume, save=checkpoint, log=log,
             )  # fmt: skip
         resume = None
+    captioner = Captioner(
+        generator, tokenizer, decoding, rules=rules, device=process.device,
+        frequency=token_frequency(
+            (text for texts in pairs.plain.values() for text in texts), tokenizer
+        ),
+    )  # fmt: skip
     if config.adversarial_steps <= 0:
-        return Trained(generator, None, tokenizer, rules, curves, None)
+        return Trained(captioner, curves, None)
     discriminator = Discriminator.beside(generator, layers=config.discriminator_layers)
     discriminator.to(process.device)
     verdict = train_adversarial(
         generator, discriminator, tokenizer, pairs, data.dev, features, rules, config,
         process=process, curves=curves, resume=resume, save=checkpoint, log=log,
     )  # fmt: skip
-    return Trained(generator, discriminator, tokenizer, rules, curves, verdict)
+    if process.rank == 0:
+        log(f"critic  {config.critic_captions:,} captions are drawn")
+        captioner.critic = train_critic(
+            captioner, pairs, data.dev, features, config.critic_captions, config.seed
+        )
+    return Trained(captioner, curves, verdict)
+
+
+def delivered(arguments: argparse.Namespace) -> Decoding:
+    """How the model draws captions where nothing else is asked for."""
+    names = [field.name for field in dataclasses.fields(Decoding)]
+    return Decoding(**{k: value for k, value in vars(arguments).items() if k in names})
 
 
 def held_out_examples(
@@ -461,7 +484,7 @@ def worker(settings: dict[str, Any]) -> None:
         if process.rank == 0:
             since = f"from step {resume['step']} of {resume['stage']}" if resume else "anew"
             log(f"training {since} with {process.size} workers on {process.device}")
-        trained = fit(config, data, process, resume, save, log)
+        trained = fit(config, delivered(arguments), data, process, resume, save, log)
     except (InputError, NonFiniteLoss) as error:
         # every process is here, for the same reason: trying again would end the same way
         if process.rank == 0:
@@ -538,13 +561,7 @@ def publish(
     curves = trained.curves
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
-        decoding = Decoding(
-            arguments.temperature, arguments.top_p, arguments.top_k, best_of=arguments.best_of
-        )
-        save_model(
-            directory, trained.generator.cpu(), trained.tokenizer, decoding, trained.rules,
-            trained.discriminator,
-        )  # fmt: skip
+        save_model(directory, trained.captioner)
         settings = dataclasses.asdict(config)
         metrics: dict[str, Any] = {
             f"held_out_{name}_accuracy": row[name]
@@ -687,7 +704,10 @@ def train_here(arguments: argparse.Namespace, config: TrainingConfig, cache: Pat
         diagnostics.update(curves)
 
     diagnostics = Diagnostics(arguments, config, data)
-    trained = fit(config, data, process, state, save, lambda line: print(line, flush=True))
+    trained = fit(
+        config, delivered(arguments), data, process, state, save,
+        lambda line: print(line, flush=True),
+    )  # fmt: skip
     publish(arguments, config, trained, diagnostics)
 
 
@@ -736,12 +756,13 @@ def parser() -> argparse.ArgumentParser:
         "--workers", type=_workers, default="1", metavar="N|MIN,MAX",
         help="processes, a GPU each where there are any; 0: without Ray",
     )  # fmt: skip
-    parser.add_argument(
-        "--temperature", type=float, default=1.0, help="the model's own, for captions"
-    )
-    parser.add_argument("--top-p", type=float, default=1.0, help="the model's own, for captions")
-    parser.add_argument("--top-k", type=int, default=0, help="the model's own, for captions")
-    parser.add_argument("--best-of", type=int, default=1, help="the model's own, for captions")
+    for setting in dataclasses.fields(Decoding):
+        if setting.name != "max_new_tokens":  # the generator's own length
+            parser.add_argument(
+                f"--{setting.name.replace('_', '-')}", type=type(setting.default),
+                default=DELIVERED.get(setting.name, setting.default),
+                help="of the model's captions, see stylegan.captioner.Decoding",
+            )  # fmt: skip
     parser.add_argument("--notes", help="a Markdown file that goes into the model card")
     for field in dataclasses.fields(TrainingConfig):
         if field.name != "preset":

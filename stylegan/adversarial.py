@@ -3,7 +3,7 @@
     warm-up   the discriminator alone, until it tells the likelihood model's captions from people's
     step      sample → score → discriminator phase → generator phase → mean weights → diagnostics
     measure   now and then: a detector that learns anew; a snapshot, or a rollback
-    scoring   the discriminator alone again, on captions of the snapshot that is delivered
+    critic    fitted to captions as they are delivered, when the game is over
 
 Text is discrete, so the discriminator's score reaches the generator as the reward of a policy
 gradient (RLOO), held near the likelihood model by an exact KL and near people by some likelihood.
@@ -19,7 +19,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -29,7 +29,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from stylegan import corpora, losses
+from stylegan.captioner import Captioner, Encoding
 from stylegan.corpora import Concepts, Example, PseudoPairs
+from stylegan.critic import Critic
 from stylegan.discriminator import Discriminator, detector_auc, hidden_ids, pad_ids
 from stylegan.generator import BOS, EOS, PAD, Generator
 from stylegan.metrics import distinct_n
@@ -49,7 +51,7 @@ from stylegan.training import (
 LEAST_WATCHED = 16  # sentences of people that a detector can be trained on
 LEAST_NAMED = 300  # sentences that name a product; with fewer, the whole voice is real
 MISMATCHED = 0.1  # of the discriminator's fakes: people's sentences of another style
-FORMAL = 0.1  # of them, when it learns to score: formal descriptions, which captions are far from
+FORMAL = 0.1  # formal descriptions beside the critic's captions, which it shall not like either
 WORD_DROPOUT = 0.06
 REPLAY_BUFFER = 4096  # fakes of the past
 SMOOTHING = 2.0  # added to the counts of token pairs
@@ -337,6 +339,18 @@ def trouble(
     return ""
 
 
+def voices(
+    pairs: PseudoPairs, held_out: Mapping[str, Sequence[str]], style: str
+) -> tuple[list[str], list[str]]:
+    """What is real of a style: sentences that name a product, if there are enough, and those of
+    them that nothing has learned from."""
+    voice = [pair.text for pair in pairs.paired[style]]
+    watched = [t for t in map(corpora.normalise, held_out[style]) if corpora.is_sayable(t)]
+    if len(voice) < LEAST_NAMED:
+        return pairs.plain[style], watched
+    return voice, [text for text in watched if pairs.pair(text)] or watched
+
+
 def train_adversarial(
     generator: Generator,
     discriminator: Discriminator,
@@ -357,9 +371,8 @@ def train_adversarial(
 
     generator: the likelihood model, which is also the reference of the KL. held_out: style →
     sentences of the voice that nothing has learned from, to watch with. features [N, I, C]: of the
-    catalogue's photographs. Ends with the mean weights of the best snapshot, the discriminator
-    calibrated on sentences that it has not seen. → figures of the watch, `before` and `after`.
-    Raises NonFiniteLoss.
+    catalogue's photographs. Ends with the mean weights of the best snapshot. → figures of the
+    watch, `before` and `after`. Raises NonFiniteLoss.
     """
     device, loss = process.device, losses.LOSSES[config.loss]
     styles = [style for style in pairs.plain if pairs.plain[style]]
@@ -371,16 +384,10 @@ def train_adversarial(
     trained = [p for p in generator.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in trained]
 
-    # what is real: sentences of the voice that name a product, if there are enough
     human: dict[str, list[str]] = {}
     real: dict[str, list[list[int]]] = {}
     for style in styles:
-        voice = [pair.text for pair in pairs.paired[style]]
-        watched = [t for t in map(corpora.normalise, held_out[style]) if corpora.is_sayable(t)]
-        if len(voice) >= LEAST_NAMED:
-            watched = [text for text in watched if pairs.pair(text)] or watched
-        else:
-            voice = pairs.plain[style]
+        voice, watched = voices(pairs, held_out, style)
         # with too few left out, the detector has to do with sentences that were learned from
         human[style] = watched if len(watched) >= LEAST_WATCHED else voice
         real[style] = hidden_ids(voice, tokenizer)
@@ -468,19 +475,11 @@ def train_adversarial(
         assign(trained, now)
         return process.agree(figures)
 
-    def add_formal(fakes: list[list[int]], chance: np.random.Generator) -> list[list[int]]:
-        """The same, some replaced by formal descriptions."""
-        for i in (chance.random(len(fakes)) < FORMAL).nonzero()[0]:
-            product = pairs.products[int(chance.integers(len(pairs.products)))]
-            texts = (product.description, *product.titles)
-            fakes[i] = hidden_ids([texts[chance.integers(len(texts))]], tokenizer)[0]
-        return fakes
-
-    def teach(stage: str, number: int) -> float:
-        """The discriminator alone, on captions of the generator as it is. → its pair accuracy."""
+    def warm_up() -> float:
+        """The discriminator alone, on captions of the likelihood model. → its pair accuracy."""
         mean = 0.5
         for step in range(config.warmup_steps):
-            chance = np.random.default_rng([config.seed, number, step, process.rank])
+            chance = np.random.default_rng([config.seed, 19, step, process.rank])
             seed = (config.seed * 1_000_003 + step) * process.size + process.rank
             torch.manual_seed(seed)
             if step % 2 == 0:  # each sample serves twice
@@ -499,15 +498,13 @@ def train_adversarial(
                 mean += 0.1 * (process.mean(accuracy) - mean)
                 remember(written, chance)
             fakes, style_N = draw_fakes(written, chance)
-            if stage == "scoring":
-                fakes = add_formal(fakes, chance)
             figures = discriminator_step(
                 discriminator, optimiser_d, draw_real(style_N, chance), fakes, style_N,
                 config, process, step, step % PENALTY_EVERY == 0,
             )  # fmt: skip
             done = mean >= WARM_ACCURACY
             if process.rank == 0 and (done or (step + 1) % 10 == 0):
-                log(curves.add(stage, step=step + 1, pair_accuracy=mean, **figures))
+                log(curves.add("warm-up", step=step + 1, pair_accuracy=mean, **figures))
             if done:
                 break
         return mean
@@ -515,7 +512,7 @@ def train_adversarial(
     if resume is None:
         # --- warm-up: the discriminator alone, on captions of the likelihood model ---------------
         first = measure()
-        controls.accuracy = teach("warm-up", 19)
+        controls.accuracy = warm_up()
         best = first
         best_weights, best_discriminator = snapshot()
         curves.events.append({"stage": "adversarial", "step": 0, "kind": "snapshot",
@@ -704,21 +701,51 @@ def train_adversarial(
         if step % config.save_adversarial == 0:
             save(state())
 
-    # --- deliver: the mean weights of the best snapshot, the discriminator calibrated --------
+    # --- deliver: the mean weights of the best snapshot --------------------------------------
     assign(trained, best_weights)
     discriminator.load_state_dict(best_discriminator)
-    # in the game captions changed with every step; what it scores are the delivered model's
-    _, optimiser_d = optimisers()
-    teach("scoring", 29)
-    _, captions = watch.measure(generator, discriminator, device)
-    own, others = [], []
-    for style, written in captions.items():
-        people = watch.hidden[style]
-        own.append(score(discriminator, people, torch.full((len(people),), numbers[style]), device))
-        others.append(score(discriminator, written.hidden, written.style, device))
-    discriminator.calibrate(torch.cat(own).cpu(), torch.cat(others).cpu())
     why = f"the snapshot with detector AUC {_mean(best, 'auc'):.3f} is kept"
     curves.events.append({"stage": "adversarial", "step": step, "kind": "done", "why": why})
     generator.eval()
     return {"before": first, "after": best}
 
+
+def train_critic(
+    captioner: Captioner, pairs: PseudoPairs, held_out: Mapping[str, Sequence[str]],
+    features: Tensor, count: int, seed: int,
+) -> Critic:  # fmt: skip
+    """A critic of what a captioner draws, from so many captions of each style.
+
+    Of these it learns from those that obey the rules, for others are not delivered. held_out,
+    features: as for `train_adversarial`.
+    """
+    random = np.random.default_rng([seed, 31])
+    tokenizer, decoding = captioner.tokenizer, captioner.decoding
+    people: dict[str, list[list[int]]] = {}
+    captions: dict[str, list[list[int]]] = {}
+    apart: dict[str, tuple[list[list[int]], list[list[int]]]] = {}
+    captioner.decoding = replace(decoding, best_of=1, max_candidates=1)
+    for style in [style for style in pairs.plain if pairs.plain[style]]:
+        voice, watched = voices(pairs, held_out, style)
+        conditions = [pairs.condition(style, random) for _ in range(count)]
+        rows = dict(enumerate(conditions))
+        encoding = Encoding(
+            [None] * count, {},
+            {i: features[example.image].float() for i, (example, _) in rows.items()
+             if example.image >= 0},
+            {i: example.description for i, (example, _) in rows.items()},
+            {i: concepts for i, (_, concepts) in rows.items()},
+        )  # fmt: skip
+        drawn = captioner.write(encoding, style, seed=[seed * 1_000_003 + i for i in rows])
+        kept = [c.text for c in drawn if c.text and not c.needs_review] or [
+            c.text for c in drawn if c.text
+        ]
+        some = random.integers(len(pairs.products), size=int(FORMAL * len(kept)))
+        formal = [pairs.products[i].description for i in some]
+        hidden = hidden_ids(kept, tokenizer)
+        learned = max(1, len(hidden) * 4 // 5)
+        people[style] = hidden_ids(voice, tokenizer)
+        captions[style] = hidden[:learned] + hidden_ids(formal, tokenizer)
+        apart[style] = hidden_ids(watched, tokenizer), hidden[learned:]
+    captioner.decoding = decoding
+    return Critic.fit(people, captions, apart)

@@ -10,9 +10,10 @@ A candidate is kept when it obeys the rules (`rules.py`): it names the product, 
 that is known of it, is sayable by a shop, has no word that people do not use and is no sentence
 of the training text; else the next one is drawn. Where none names the product, some are made to
 begin with its name. When all fail, the one that breaks them least is
-delivered and marked for review. The discriminator scores what is delivered, and chooses where
-several candidates are asked for. Brand rules (`brand.py`) are kept while a caption is written:
-a token that would complete a forbidden phrase is not drawn. They are checked on what is delivered.
+delivered and marked for review. The critic (`critic.py`) scores what is delivered; a candidate that
+obeys is accepted in proportion to its odds, or the best of several is, where these are asked for.
+Brand rules (`brand.py`) are kept while a caption is written: a token that would complete a
+forbidden phrase is not drawn. They are checked on what is delivered.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import math
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,8 +44,9 @@ from transformers.utils.logging import disable_progress_bar
 from stylegan import brand, corpora
 from stylegan.brand import BrandRules
 from stylegan.corpora import Concepts
-from stylegan.discriminator import FILE as DISCRIMINATOR
-from stylegan.discriminator import LENGTH, Discriminator, hidden_ids, pad_ids
+from stylegan.critic import FILE as CRITIC
+from stylegan.critic import Critic
+from stylegan.discriminator import hidden_ids
 from stylegan.generator import BOS, EOS, PAD, Generator
 from stylegan.images import decode_image
 from stylegan.rules import SHOPS, Rules, severity
@@ -72,10 +74,14 @@ class Decoding:
     """How captions are drawn.
 
     temperature: divides the logits. top_p: only the most likely tokens that make up this share are
-    drawn. top_k: only so many of the most likely tokens are, 0 for all. max_new_tokens: length
-    limit of a caption. best_of: how many candidates that obey the rules are drawn; the one with the
-    highest score is delivered, the likeliest where there is no discriminator. max_candidates: how
-    many are drawn at the most, until so many obey.
+    drawn. top_k: only so many of the most likely tokens are, 0 for all. max_surprise: no token is
+    drawn that is rarer in its place than in the training text as a whole by more than so many nats,
+    0 for no such bound; it cuts slips of grammar, and no rare words where they fit. max_new_tokens:
+    length limit of a caption. best_of: how many candidates that obey the rules are drawn; the one
+    with the highest score is delivered, the likeliest where there is no critic. selectivity: where
+    one is drawn, it is accepted with a probability of its odds (to be a person's) divided by this,
+    1 for all, which needs a critic. max_candidates: how many are drawn at the most, until so many
+    obey and are accepted.
     """
 
     temperature: float = 1.0
@@ -84,6 +90,8 @@ class Decoding:
     max_new_tokens: int = 31
     best_of: int = 1
     max_candidates: int = 12
+    max_surprise: float = 0.0
+    selectivity: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature <= 5:
@@ -92,13 +100,17 @@ class Decoding:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}: choose 1 or more")
         if not self.best_of >= 1:
             raise ValueError(f"best_of is {self.best_of}: choose 1 or more")
+        if not self.max_surprise >= 0:
+            raise ValueError(f"max_surprise is {self.max_surprise}: choose 0 or more")
+        if not self.selectivity >= 1:
+            raise ValueError(f"selectivity is {self.selectivity}: choose 1 or more")
 
 
 @dataclass(frozen=True, slots=True)
 class Caption:
     """One caption, or the reason why there is none.
 
-    text: the caption, null when failed. style: its style. score: the discriminator's probability
+    text: the caption, null when failed. style: its style. score: the critic's probability
     that a person wrote it, null without one. description: the formal description given or
     predicted. needs_review: no candidate obeyed all rules, or the score is too low. review_reasons:
     names of the rules that it breaks (`rules.FAULTS`), "low score". num_generated_tokens: of the
@@ -151,6 +163,7 @@ class _Generated:
     ids: list[int]
     log_probabilities: list[float]  # of each id, nats
     finished: bool  # whether it ended by itself
+    luck: float  # a number from (0, 1] of the row's own stream, against which it is accepted
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +183,7 @@ class _Candidate:
 def model_revision(directory: Path) -> str:
     """Twelve hexadecimal digits that identify the weights, tokeniser and settings of a model."""
     digest = hashlib.sha256()
-    for name in (*_FILES, SEEN, DISCRIMINATOR):
+    for name in (*_FILES, SEEN, CRITIC):
         path = directory / name
         if path.exists():
             digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
@@ -214,24 +227,23 @@ def _download(uri: str, target: Path) -> None:
     patiently(uri, copy)
 
 
-def save_model(
-    directory: Path, generator: Generator, tokenizer: Tokenizer, decoding: Decoding, rules: Rules,
-    discriminator: Discriminator | None = None,
-) -> None:  # fmt: skip
+def save_model(directory: Path, captioner: Captioner) -> None:
     """Writes a model directory that `Captioner.from_pretrained` and transformers load.
 
-    Weights are stored in half precision. rules: of the training sentences.
+    Weights are stored in half precision, and are back on the CPU afterwards.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    dtype = generator.dtype
+    generator, rules, critic = captioner.generator.cpu(), captioner.rules, captioner.critic
     generator.half().save_pretrained(directory)
-    nn.Module.to(generator, dtype)
+    generator.float()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-    ).save_pretrained(directory)
+        tokenizer_object=captioner.tokenizer, pad_token="<pad>", bos_token="<bos>",
+        eos_token="<eos>",
+    ).save_pretrained(directory)  # fmt: skip
     GenerationConfig(
-        do_sample=True, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, **asdict(decoding)
-    ).save_pretrained(directory)
+        do_sample=True, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
+        **asdict(captioner.decoding),
+    ).save_pretrained(directory)  # fmt: skip
     config = generator.config
     preprocessor = {
         "image_processor_type": "ViTImageProcessor",
@@ -240,13 +252,22 @@ def save_model(
         "rescale_factor": 1 / 255, "image_mean": config.image_mean, "image_std": config.image_std,
     }  # fmt: skip
     (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
-    tensors = {"sentences": sorted(rules.seen), "words": sorted(rules.words)}
-    save_file(
-        {name: torch.tensor(values, dtype=torch.int64) for name, values in tensors.items()},
-        directory / SEEN,
-    )
-    if discriminator is not None:
-        discriminator.save(directory)
+    numbers = {"sentences": sorted(rules.seen), "words": sorted(rules.words)}
+    tensors = {k: torch.tensor(values, dtype=torch.int64) for k, values in numbers.items()}
+    if captioner.frequency is not None:
+        tensors["tokens"] = captioner.frequency.cpu()
+    save_file(tensors, directory / SEEN)
+    if critic is not None:
+        critic.save(directory)
+
+
+def token_frequency(sentences: Iterable[str], tokenizer: Tokenizer) -> Tensor:
+    """Logarithm of each token's share of sentences, their ends included, [V]; nats."""
+    counts = torch.full((tokenizer.get_vocab_size(),), 0.5)
+    for text in sentences:
+        for token in (*tokenizer.encode(text).ids, EOS):
+            counts[token] += 1
+    return (counts / counts.sum()).log()
 
 
 class Captioner:
@@ -256,8 +277,8 @@ class Captioner:
 
     def __init__(
         self, generator: Generator, tokenizer: Tokenizer, decoding: Decoding,
-        *, rules: Rules | None = None, discriminator: Discriminator | None = None,
-        model_id: str = "", revision: str = "", device: str = "cpu",
+        *, rules: Rules | None = None, frequency: Tensor | None = None,
+        critic: Critic | None = None, model_id: str = "", revision: str = "", device: str = "cpu",
     ) -> None:  # fmt: skip
         self.generator = generator.float().eval()
         nn.Module.to(generator, device)
@@ -266,7 +287,8 @@ class Captioner:
         self.device = device
         self.tile = TILE
         self.rules = rules or Rules()
-        self.discriminator = None if discriminator is None else discriminator.to(device).eval()
+        self.frequency = None if frequency is None else frequency.to(device)
+        self.critic = critic
         self.model_id = model_id
         self.model_revision = revision
         self.image_size = generator.config.image_size
@@ -284,6 +306,7 @@ class Captioner:
         with open_model(model) as directory:
             settings = json.loads((directory / "generation_config.json").read_text())
             text = load_file(directory / SEEN) if (directory / SEEN).exists() else {}
+            frequency = text.pop("tokens", None)
             numbers = {name: frozenset(tensor.tolist()) for name, tensor in text.items()}
             return cls(
                 Generator.from_pretrained(directory, dtype=torch.float32),
@@ -292,7 +315,8 @@ class Captioner:
                 rules=Rules(
                     numbers.get("sentences", frozenset()), numbers.get("words", frozenset())
                 ),
-                discriminator=Discriminator.load(directory),
+                frequency=frequency,
+                critic=Critic.load(directory),
                 model_id=str(model) if model is not None else "stylegan-small",
                 revision=model_revision(directory),
                 device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
@@ -528,10 +552,10 @@ class Captioner:
         self, encoding: Encoding, style: str, seeds: Sequence[int], decoding: Decoding,
         limits: dict[int, _Limits],
     ) -> dict[int, _Candidate]:  # fmt: skip
-        """A caption for each row: candidates are drawn until enough obey."""
+        """A caption for each row: candidates are drawn until enough obey and are accepted."""
         best: dict[int, _Candidate] = {}
         rows = list(encoding.known)
-        obeying = dict.fromkeys(rows, 0)
+        accepted = dict.fromkeys(rows, 0)
         promising: set[int] = set()
         # what is of no known kind has no place for a term, however often it is tried
         mendable = {r: SHOPS if encoding.concepts[r].head else SHOPS - {"required"} for r in rows}
@@ -550,34 +574,35 @@ class Captioner:
                 {row: [seeds[row], attempt] for row in pending}, limits, openings,
             ))  # fmt: skip
             candidates = [self._judge(w, encoding.concepts[r], limits[r]) for r, w in generated]
-            scores = self._scores([c.text for c in candidates], style) if choosing else []
+            odds = self._log_odds([c.text for c in candidates], style)
             for place, (row, written) in enumerate(generated):
-                candidate = candidates[place]
-                if scores:
-                    candidate = replace(candidate, value=scores[place], score=scores[place])
-                elif choosing:
+                candidate, is_accepted = candidates[place], True
+                if odds:
+                    candidate = replace(candidate, score=1 / (1 + math.exp(-odds[place])))
+                if choosing:
                     likelihood = sum(written.log_probabilities) / max(1, len(written.ids))
-                    candidate = replace(candidate, value=likelihood)
-                obeying[row] += not candidate.faults
+                    candidate = replace(candidate, value=odds[place] if odds else likelihood)
+                elif odds and decoding.selectivity > 1:
+                    # where none is accepted, the one that came nearest to it is chosen
+                    wanted = odds[place] - math.log(decoding.selectivity * written.luck)
+                    candidate = replace(candidate, value=min(0.0, wanted))
+                    is_accepted = wanted >= 0
+                accepted[row] += is_accepted and not candidate.faults
                 if candidate.faults and candidate.faults <= mendable[row]:
                     promising.add(row)
                 if row not in best or candidate.rank < best[row].rank:
                     best[row] = candidate
-            pending = [row for row in pending if obeying[row] < decoding.best_of]
+            pending = [row for row in pending if accepted[row] < decoding.best_of]
             if attempt >= usual - 1:
                 pending = [
                     row
                     for row in pending
-                    if not obeying[row]
+                    if best[row].faults
                     and (
                         row in promising
                         or (attempt < usual - 1 + opened and "unnamed" in best[row].faults)
                     )
                 ]
-        if not choosing:
-            scores = self._scores([best[row].text for row in rows], style)
-            for row, score in zip(rows, scores, strict=False):
-                best[row] = replace(best[row], score=score)
         return best
 
     def _opening(self, description: str, concepts: Concepts) -> list[int]:
@@ -604,19 +629,12 @@ class Captioner:
             candidates.append(_Candidate(printed, len(written.ids), faults))
         return min(candidates, key=lambda candidate: candidate.rank)
 
-    @torch.inference_mode()
-    def _scores(self, texts: Sequence[str], style: str) -> list[float]:
-        """The discriminator's probabilities of texts; none without one."""
-        if (discriminator := self.discriminator) is None:
+    def _log_odds(self, texts: Sequence[str], style: str) -> list[float]:
+        """Of texts to be a person's, by the critic; none where it is silent."""
+        if self.critic is None or style not in self.critic.styles:
             return []
-
-        def score(ids: Sequence[list[int]]) -> Sequence[float]:
-            padded = pad_ids([*ids, *[[EOS]] * (self.tile - len(ids))], LENGTH).to(self.device)
-            styles = torch.full((self.tile,), self.styles.index(style), device=self.device)
-            scores = discriminator.probability(discriminator(padded, styles)).tolist()
-            return [float(score) for score in scores[: len(ids)]]
-
-        return [score for _, score in self._by_tile(hidden_ids(texts, self.tokenizer), score)]
+        odds: list[float] = self.critic.log_odds(hidden_ids(texts, self.tokenizer), style).tolist()
+        return odds
 
     def _generate(
         self, rows: list[int], style: str, features: dict[int, Tensor], known: dict[int, str],
@@ -646,6 +664,7 @@ class Captioner:
         description = torch.full((size, config.description_length), PAD, device=self.device)
         noise = np.zeros((size, config.noise_size), dtype=np.float32)
         uniform = np.zeros((size, longest), dtype=np.float32)
+        luck = [1.0] * len(rows)
         for slot, row in enumerate(rows):
             if row in features:
                 image[slot], has_image[slot] = features[row], True
@@ -656,6 +675,7 @@ class Captioner:
                 stream = np.random.Generator(np.random.Philox(key=keys[row]))
                 noise[slot] = stream.standard_normal(config.noise_size, dtype=np.float32)
                 uniform[slot] = stream.random(longest, dtype=np.float32)
+                luck[slot] = 1 - stream.random()
         styles = torch.full((size,), config.styles.index(style), device=self.device)
         prefix, mask = self.generator.prefix(
             image, has_image, description, styles, torch.from_numpy(noise).to(self.device)
@@ -670,7 +690,7 @@ class Captioner:
 
         def choose(log_probs_BV: Tensor, step: int) -> Tensor:
             def draw(p_BV: Tensor) -> Tensor:
-                tokens_B = _draw(p_BV, draws[:, step], greedy, decoding)
+                tokens_B = _draw(p_BV, draws[:, step], greedy, decoding, self.frequency)
                 for slot, opening in forced:
                     if step < len(opening):
                         tokens_B[slot] = opening[step]
@@ -685,7 +705,8 @@ class Captioner:
             ids = [token for token in tokens[slot] if token != PAD]
             finished = bool(ids) and ids[-1] == EOS and slot not in watch.given_up
             text = self.tokenizer.decode([t for t in ids if t != EOS]).strip()
-            results.append(_Generated(text, ids, log_probabilities[slot][: len(ids)], finished))
+            log_probs = log_probabilities[slot][: len(ids)]
+            results.append(_Generated(text, ids, log_probs, finished, luck[slot]))
         return results
 
 
@@ -755,12 +776,20 @@ class _Watch:
         return str(self.tokenizer.decode([token for token in ids if token != EOS])).strip()
 
 
-def _draw(log_probs_BV: Tensor, uniform_B: Tensor, greedy_B: Tensor, decoding: Decoding) -> Tensor:
+def _draw(
+    log_probs_BV: Tensor, uniform_B: Tensor, greedy_B: Tensor, decoding: Decoding,
+    frequency_V: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """A token for each row by inverting the distribution at the row's uniform number.
 
-    In the order of the vocabulary, not of the probabilities: of two that are nearly equal, the last
-    bits would decide which comes first, and with it which token is drawn.
+    frequency_V: logarithm of each token's share of the training text. In the order of the
+    vocabulary, not of the probabilities: of two that are nearly equal, the last bits would decide
+    which comes first, and with it which token is drawn.
     """
+    if decoding.max_surprise and frequency_V is not None:
+        misplaced = log_probs_BV < frequency_V - decoding.max_surprise
+        misplaced.scatter_(1, log_probs_BV.argmax(-1, keepdim=True), False)  # one must be left
+        log_probs_BV = log_probs_BV.masked_fill(misplaced, -torch.inf)
     probabilities = (log_probs_BV / decoding.temperature).softmax(-1)
     if decoding.top_k or decoding.top_p < 1:
         sorted_BK, order = probabilities.topk(decoding.top_k or probabilities.shape[-1])

@@ -3,7 +3,7 @@
 It reads text whose topic is hidden on both sides (`corpora.Lexicon.hide`), so that it judges the
 voice and not what people happen to write about. Its trunk has the shape of the generator's language
 model, and begins with the weights of the likelihood model: it knows the language before it learns
-to judge it (as in TextGAIL, Wu et al., AAAI 2021). The same network scores delivered captions.
+to judge it (as in TextGAIL, Wu et al., AAAI 2021). Delivered captions are scored by the critic.
 
 Shapes: N sentences, T tokens, C channels.
 """
@@ -13,13 +13,10 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
@@ -28,7 +25,6 @@ from stylegan import corpora
 from stylegan.generator import EOS, PAD, Generator
 
 LENGTH = 40  # tokens of a sentence that are read
-FILE = "discriminator.safetensors"
 
 
 class Discriminator(nn.Module):
@@ -36,8 +32,6 @@ class Discriminator(nn.Module):
 
     text_config: of the trunk, as a dict with `model_type`. styles: names, as in the generator's
     configuration. score = w·h + ⟨v_style, h⟩ (Miyato & Koyama, ICLR 2018), h the pooled features.
-    scale, shift: calibration, sigmoid(scale · score + shift) is the probability that a person wrote
-    the sentence, at equal numbers of both.
     """
 
     def __init__(
@@ -45,7 +39,6 @@ class Discriminator(nn.Module):
     ) -> None:
         super().__init__()
         settings = dict(text_config)
-        self.settings = {"text_config": text_config, "styles": list(styles)}
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         # the fused kernels have no second derivative, which the penalties need
         self.trunk: Any = AutoModel.from_config(config, attn_implementation="eager")
@@ -62,10 +55,6 @@ class Discriminator(nn.Module):
         self.score = nn.Linear(width, 1)
         self.style = nn.Embedding(len(styles), width)
         nn.init.zeros_(self.style.weight)
-        self.scale: Tensor
-        self.shift: Tensor
-        self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("shift", torch.zeros(()))
 
     @classmethod
     def beside(
@@ -112,55 +101,6 @@ class Discriminator(nn.Module):
         by_style = (self.style(style_N) * pooled).sum(1)
         score: Tensor = self.score(pooled).squeeze(1) + by_style
         return score
-
-    def probability(self, score_N: Tensor) -> Tensor:
-        """Calibrated probability that a person wrote the sentence."""
-        return torch.sigmoid(self.scale * score_N + self.shift)
-
-    @torch.no_grad()
-    def calibrate(self, real_N: Tensor, fake_N: Tensor) -> None:
-        """Fits scale and shift on scores that it was not trained on (Platt, 1999), in place."""
-        scores = torch.cat([real_N, fake_N]).double()
-        # smoothed targets, which keep the fit finite where the two sides do not overlap
-        targets = torch.cat([
-            torch.full_like(real_N, (len(real_N) + 1) / (len(real_N) + 2)),
-            torch.full_like(fake_N, 1 / (len(fake_N) + 2)),
-        ]).double()  # fmt: skip
-        weights = torch.cat([
-            torch.full_like(real_N, 0.5 / len(real_N)), torch.full_like(fake_N, 0.5 / len(fake_N))
-        ]).double()  # fmt: skip
-        features = torch.stack([scores, torch.ones_like(scores)], 1)
-        coefficients = torch.zeros(2, dtype=torch.float64)
-        for _ in range(100):  # Newton's method
-            p = torch.sigmoid(features @ coefficients)
-            gradient = features.T @ (weights * (p - targets))
-            curvature = (features * (weights * p * (1 - p)).unsqueeze(1)).T @ features
-            step = torch.linalg.solve(curvature + 1e-9 * torch.eye(2).double(), gradient)
-            coefficients -= step.clamp(-2, 2)
-        self.scale.fill_(float(coefficients[0]))
-        self.shift.fill_(float(coefficients[1]))
-
-    def save(self, directory: Path) -> None:
-        """Writes `discriminator.safetensors`, in half precision, its settings within."""
-        # the calibration is two numbers that half precision would blur
-        tensors = {
-            name: value.detach().cpu().contiguous().to(torch.half if value.dim() else value.dtype)
-            for name, value in self.state_dict().items()
-        }
-        save_file(tensors, directory / FILE, metadata={"settings": json.dumps(self.settings)})
-
-    @classmethod
-    def load(cls, directory: Path) -> Discriminator | None:
-        """The discriminator of a model directory, None where it has none; ready to score."""
-        path = directory / FILE
-        if not path.exists():
-            return None
-        with safe_open(path, framework="pt") as file:
-            settings = json.loads(file.metadata()["settings"])
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-        model = cls(**settings)
-        model.load_state_dict(tensors)
-        return model.eval()
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

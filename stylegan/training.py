@@ -49,7 +49,8 @@ class TrainingConfig:
     likelihood_weight: of nats a token on pseudo-pairs. replay_share: of the discriminator's fakes
     that are old. watched: captions of each measure. micro_batch: captions of one backward pass,
     0 for all; gradients add up to the same. report_adversarial, measure_every, save_adversarial:
-    steps between two progress lines, measures, checkpoints.
+    steps between two progress lines, measures, checkpoints. critic_captions: that are drawn for the
+    critic in the end, of each style.
     """
 
     preset: str = "small"
@@ -91,6 +92,7 @@ class TrainingConfig:
     report_adversarial: int = 10
     measure_every: int = 25
     save_adversarial: int = 50
+    critic_captions: int = 10_000
 
 
 class NonFiniteLoss(RuntimeError):

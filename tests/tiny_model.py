@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from stylegan import corpora
-from stylegan.captioner import Decoding, save_model
-from stylegan.discriminator import Discriminator
+from stylegan.captioner import Captioner, Decoding, save_model
+from stylegan.critic import Critic
 from stylegan.generator import Generator, GeneratorConfig
-from stylegan.rules import Rules
 
 
 def write_tiny_model(directory: Path, seed: int = 0) -> Path:
@@ -21,8 +21,10 @@ def write_tiny_model(directory: Path, seed: int = 0) -> Path:
     config = GeneratorConfig.preset("tiny", tokenizer.get_vocab_size(), ["formal", "colloquial"])
     # two candidates keep the number of passes of an untrained model low
     decoding = Decoding(max_new_tokens=12, max_candidates=2)
-    generator = Generator(config)
-    discriminator = Discriminator.beside(generator)
-    # words of all kinds: an untrained model invents most of them
-    save_model(directory, generator, tokenizer, decoding, Rules(), discriminator)
+    random = np.random.default_rng(seed)
+    people = [tokenizer.encode(text).ids for text in corpus[:200]]
+    others = [random.integers(3, 1500, 9).tolist() for _ in people]
+    critic = Critic.fit({"colloquial": people}, {"colloquial": others}, {})
+    # no rules about words: an untrained model invents most of them
+    save_model(directory, Captioner(Generator(config), tokenizer, decoding, critic=critic))
     return directory
