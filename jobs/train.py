@@ -82,7 +82,7 @@ DEMONSTRATION: dict[str, Any] = {
     "report_every": 100, "critic_captions": 3000,
 }  # fmt: skip
 # how a trained model draws its captions: see README, Measured
-DELIVERED = {"temperature": 0.9, "max_surprise": 1.5, "selectivity": 4.0, "max_candidates": 16}
+DELIVERED = {"temperature": 0.9, "max_surprise": 1.5, "selectivity": 5.0, "max_candidates": 20}
 # sentences left out of all training, to choose weights by and to watch the game with: one in so
 # many, and of those that name a product
 DEV_SHARE, DEV_NAMED = 32, 8
@@ -403,16 +403,16 @@ def fit(
             (text for texts in pairs.plain.values() for text in texts), tokenizer
         ),
     )  # fmt: skip
-    if config.adversarial_steps <= 0:
-        return Trained(captioner, curves, None)
-    discriminator = Discriminator.beside(generator, layers=config.discriminator_layers)
-    discriminator.to(process.device)
-    verdict = train_adversarial(
-        generator, discriminator, tokenizer, pairs, data.dev, features, rules, config,
-        process=process, curves=curves, resume=resume, save=checkpoint, log=log,
-    )  # fmt: skip
-    if process.rank == 0:
-        log(f"critic  {config.critic_captions:,} captions are drawn")
+    verdict = None
+    if config.adversarial_steps > 0:
+        discriminator = Discriminator.beside(generator, layers=config.discriminator_layers)
+        discriminator.to(process.device)
+        verdict = train_adversarial(
+            generator, discriminator, tokenizer, pairs, data.dev, features, rules, config,
+            process=process, curves=curves, resume=resume, save=checkpoint, log=log,
+        )  # fmt: skip
+    if config.critic_captions > 0 and process.rank == 0:
+        log(f"critic  learns from {config.critic_captions:,} captions of each style")
         captioner.critic = train_critic(
             captioner, pairs, data.dev, features, config.critic_captions, config.seed
         )

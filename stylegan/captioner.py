@@ -574,11 +574,11 @@ class Captioner:
                 {row: [seeds[row], attempt] for row in pending}, limits, openings,
             ))  # fmt: skip
             candidates = [self._judge(w, encoding.concepts[r], limits[r]) for r, w in generated]
-            odds = self._log_odds([c.text for c in candidates], style)
+            odds, scores = self._scores([c.text for c in candidates], style)
             for place, (row, written) in enumerate(generated):
                 candidate, is_accepted = candidates[place], True
                 if odds:
-                    candidate = replace(candidate, score=1 / (1 + math.exp(-odds[place])))
+                    candidate = replace(candidate, score=scores[place])
                 if choosing:
                     likelihood = sum(written.log_probabilities) / max(1, len(written.ids))
                     candidate = replace(candidate, value=odds[place] if odds else likelihood)
@@ -629,12 +629,12 @@ class Captioner:
             candidates.append(_Candidate(printed, len(written.ids), faults))
         return min(candidates, key=lambda candidate: candidate.rank)
 
-    def _log_odds(self, texts: Sequence[str], style: str) -> list[float]:
-        """Of texts to be a person's, by the critic; none where it is silent."""
+    def _scores(self, texts: Sequence[str], style: str) -> tuple[list[float], list[float]]:
+        """Log odds of texts to be a person's, and probabilities; none without a critic."""
         if self.critic is None or style not in self.critic.styles:
-            return []
-        odds: list[float] = self.critic.log_odds(hidden_ids(texts, self.tokenizer), style).tolist()
-        return odds
+            return [], []
+        odds_N = self.critic.log_odds(hidden_ids(texts, self.tokenizer), style)
+        return odds_N.tolist(), self.critic.probability(odds_N, style).tolist()
 
     def _generate(
         self, rows: list[int], style: str, features: dict[int, Tensor], known: dict[int, str],

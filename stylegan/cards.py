@@ -16,7 +16,7 @@ COLUMNS = {
     "id": "identifies the row; the path where the input names no other",
     "caption": "the caption, null when the row failed",
     "style": "the voice it is written in",
-    "caption_score": "the discriminator's probability that a person wrote it; null without one",
+    "caption_score": "the critic's probability that a person wrote it; null without one",
     "description": "the formal description, given or predicted from the image",
     "status": "`captioned`, `carried_over`, `locked` (a person wrote the caption) or `failed`",
     "needs_review": "true where no caption obeyed every rule, or its score is too low",
@@ -245,10 +245,14 @@ keep it near what it knew. Delivered is the exponential moving average of its we
 snapshot that did best by its faults and by a detector that
 learns anew at each measure. `training.html` tells the story step by step.
 
-`caption_score` is that discriminator's verdict on a caption, from 0 to 1: the probability that a
-person wrote the sentence, were captions and people's sentences equally frequent. It is calibrated
-(Platt scaling) on people's sentences that it did not learn from and on new captions of the
-delivered model. It judges the voice, not whether the caption is true of its image.
+When the game is over a critic takes the discriminator's place: a linear model of words and pairs of
+words, topic hidden, fitted to thousands of captions as they are delivered and to people's
+sentences. Captions are delivered by rejection sampling, in proportion to its odds, so that what
+captions say too often comes no more often than people say it.
+`caption_score` is its verdict on a caption, from 0 to 1: the probability that a person wrote the
+sentence, were captions and people's sentences equally frequent. It is calibrated (Platt scaling) on
+people's sentences and captions that it did not learn from. It judges the voice, not whether the
+caption is true of its image.
 
 """
 

@@ -5,7 +5,8 @@ over it is replaced by this: a linear model of tokens and pairs of tokens, their
 is fitted to thousands of captions as they would be delivered. It tells them from people's better,
 and costs next to nothing. Its odds are a ratio of densities; candidates are accepted in proportion
 to it (rejection sampling from a GAN: Azadi et al., ICLR 2019), so that phrases which captions wear
-out come no more often than people say them.
+out come no more often than people say them. They are accepted by the odds as they were fitted:
+calibrated ones are closer to 1, and correct too little. The score is calibrated.
 
 Shapes: N sentences, T tokens, H numbers of phrases, S styles.
 """
@@ -34,11 +35,15 @@ LEAST_CALIBRATED = 16  # sentences of each side
 class Critic:
     """Log odds of a sentence to be a person's rather than a captioner's, at equal numbers of both.
 
-    weights [S, H]: of phrases. shift [S]. styles: names of those that it knows.
+    weights [S, H]: of phrases. shift [S]. calibration [S, 2]: scale and shift that make log odds
+    true of sentences which it has not learned from. styles: names of those that it knows.
     """
 
-    def __init__(self, styles: Sequence[str], weights: Tensor, shift: Tensor) -> None:
+    def __init__(
+        self, styles: Sequence[str], weights: Tensor, shift: Tensor, calibration: Tensor
+    ) -> None:
         self.styles, self.weights, self.shift = list(styles), weights, shift
+        self.calibration = calibration
 
     @classmethod
     def fit(
@@ -51,7 +56,11 @@ class Critic:
         people, captions: style → sentences as token ids, their topic hidden. held_out: style →
         others of both, by which the odds are calibrated.
         """
-        critic = cls(list(people), torch.zeros(len(people), PHRASES), torch.zeros(len(people)))
+        count = len(people)
+        critic = cls(
+            list(people), torch.zeros(count, PHRASES), torch.zeros(count),
+            torch.tensor([[1.0, 0.0]]).repeat(count, 1),
+        )  # fmt: skip
         for style, real in people.items():
             number = critic.styles.index(style)
             weights, shift = _fit(real, captions[style])
@@ -59,9 +68,7 @@ class Critic:
             ours, theirs = held_out.get(style, ((), ()))
             if min(len(ours), len(theirs)) >= LEAST_CALIBRATED:
                 scores = critic.log_odds(ours, style), critic.log_odds(theirs, style)
-                scale, shift = calibrate(*scores)
-                critic.weights[number] *= scale
-                critic.shift[number] = critic.shift[number] * scale + shift
+                critic.calibration[number] = torch.tensor(calibrate(*scores))
         return critic
 
     def log_odds(self, hidden: Sequence[list[int]], style: str) -> Tensor:
@@ -72,9 +79,17 @@ class Critic:
         phrases, weights = _phrases(hidden)
         return (self.weights[number][phrases] * weights).sum(1) + self.shift[number]
 
+    def probability(self, log_odds_N: Tensor, style: str) -> Tensor:
+        """Calibrated probability that a person wrote the sentence."""
+        scale, shift = self.calibration[self.styles.index(style)]
+        probabilities: Tensor = (scale * log_odds_N + shift).sigmoid()
+        return probabilities
+
     def save(self, directory: Path) -> None:
         """Writes `discriminator.safetensors`, the weights in half precision."""
-        tensors = {"weights": self.weights.half(), "shift": self.shift}
+        tensors = {
+            "weights": self.weights.half(), "shift": self.shift, "calibration": self.calibration,
+        }  # fmt: skip
         save_file(tensors, directory / FILE, metadata={"styles": json.dumps(self.styles)})
 
     @classmethod
@@ -85,7 +100,8 @@ class Critic:
             return None
         with safe_open(path, framework="pt") as file:
             styles = json.loads(file.metadata()["styles"])
-            return cls(styles, file.get_tensor("weights").float(), file.get_tensor("shift"))
+            tensors = [file.get_tensor(n) for n in ("weights", "shift", "calibration")]
+            return cls(styles, tensors[0].float(), *tensors[1:])
 
 
 def _phrases(hidden: Sequence[list[int]]) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,7 @@ class TrainingConfig:
     that are old. watched: captions of each measure. micro_batch: captions of one backward pass,
     0 for all; gradients add up to the same. report_adversarial, measure_every, save_adversarial:
     steps between two progress lines, measures, checkpoints. critic_captions: that are drawn for the
-    critic in the end, of each style.
+    critic in the end, of each style; 0 for no critic.
     """
 
     preset: str = "small"
@@ -92,7 +92,7 @@ class TrainingConfig:
     report_adversarial: int = 10
     measure_every: int = 25
     save_adversarial: int = 50
-    critic_captions: int = 10_000
+    critic_captions: int = 14_000
 
 
 class NonFiniteLoss(RuntimeError):

@@ -288,6 +288,7 @@ def line(tmp_path: Path) -> list[str]:
         sys.executable, "-m", "jobs.train", "--catalog", "samples", "--colloquial", "embedded",
         "--output", str(tmp_path / "model"), "--preset", "tiny", "--backbone-epochs", "1",
         "--likelihood-steps", "60", "--adversarial-steps", "60", "--adversarial-batch", "4",
+        "--critic-captions", "96",
         "--group-size", "3", "--warmup-steps", "4", "--watched", "32", "--measure-every", "20",
         "--report-adversarial", "2", "--save-adversarial", "10", "--report-every", "20",
     ]  # fmt: skip

@@ -14,7 +14,7 @@ from stylegan.discriminator import (
     hidden_ids,
     pad_ids,
 )  # fmt: skip
-from stylegan.generator import EOS, Generator, GeneratorConfig
+from stylegan.generator import EOS
 
 
 @pytest.fixture(scope="module")
@@ -79,38 +79,6 @@ def test_it_learns_and_the_penalty_has_a_gradient(captioner: Captioner) -> None:
     assert all(p.grad is not None for p in model.trunk.h.parameters())
     with torch.no_grad():
         assert (model(ids_r, style) > model(ids_f, style)).float().mean() > 0.9
-
-
-def test_calibrated_scores_are_probabilities() -> None:
-    config = GeneratorConfig.preset("tiny", 300, ["formal", "colloquial"])
-    torch.manual_seed(0)
-    model = Discriminator.beside(Generator(config))
-    real, fake = 3 * (torch.randn(4000) + 1) + 5, 3 * (torch.randn(4000) - 1) + 5
-    model.calibrate(real, fake)
-    scores, labels = torch.cat([real, fake]), torch.cat([torch.ones(4000), torch.zeros(4000)])
-    probability = model.probability(scores)
-    for low in (0.1, 0.3, 0.5, 0.7):
-        inside = (probability >= low) & (probability < low + 0.2)
-        assert labels[inside].mean().item() == pytest.approx(low + 0.1, abs=0.06)
-
-
-def test_calibration_is_finite_where_the_sides_do_not_overlap() -> None:
-    config = GeneratorConfig.preset("tiny", 300, ["formal", "colloquial"])
-    model = Discriminator.beside(Generator(config))
-    model.calibrate(torch.full((50,), 4.0), torch.full((50,), -4.0))
-    assert torch.isfinite(model.scale) and torch.isfinite(model.shift)
-    assert model.probability(torch.tensor(4.0)) > 0.9
-
-
-def test_it_comes_back_from_disk(captioner: Captioner, tmp_path: Path) -> None:
-    model = discriminator(captioner)
-    model.calibrate(torch.randn(50) + 1, torch.randn(50) - 1)
-    model.save(tmp_path)
-    again = Discriminator.load(tmp_path)
-    assert again is not None and torch.equal(again.scale, model.scale)
-    ids, style = pad_ids(hidden_ids(["So soft!"], captioner.tokenizer)), torch.tensor([1])
-    torch.testing.assert_close(again(ids, style), model(ids, style), atol=1e-2, rtol=1e-2)
-    assert Discriminator.load(tmp_path / "nowhere") is None
 
 
 def test_a_detector_finds_a_template_and_not_people() -> None:

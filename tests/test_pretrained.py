@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
+from operator import eq
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from stylegan import corpora, metrics
@@ -47,9 +50,24 @@ def test_it_scores_what_it_writes(captions: list[Caption]) -> None:
     casual = ["Love this shirt, so flattering and cute.", "Great top for summer.",
               "Such a cute little jacket, you can dress it up or down."]  # fmt: skip
     formal = ["Nike Men Blue T-Shirt", "Puma Women White Dial Watch", "Black shirt for men."]
-    own, other = (captioner._scores(texts, "colloquial") for texts in (casual, formal))
+    own, other = (captioner._scores(texts, "colloquial")[1] for texts in (casual, formal))
     assert min(own) > max(other)
     assert all(caption.score is not None and 0 < caption.score < 1 for caption in captions)
+
+
+def test_it_prefers_what_people_would_write(samples: list[dict[str, str]]) -> None:
+    captioner = Captioner.from_pretrained(device="cpu")
+    encoding = captioner.encode([None] * 40, [row["description"] for row in samples[:40]])
+    chosen = captioner.write(encoding, seed=list(range(40)))
+    delivered = captioner.decoding
+    assert delivered.selectivity > 1 and delivered.max_surprise > 0
+    captioner.decoding = replace(delivered, selectivity=1.0)
+    first = captioner.write(encoding, seed=list(range(40)))
+    captioner.decoding = delivered
+    best = captioner.write(encoding, seed=list(range(40)), best_of=4)
+    scores = [np.mean([c.score for c in captions]) for captions in (first, chosen, best)]
+    assert scores[0] + 0.05 < scores[1] < scores[2]
+    assert 0 < sum(map(eq, first, chosen)) < 40  # what would be accepted anyway stays
 
 
 def test_it_does_not_recite(captions: list[Caption]) -> None:
