@@ -625,8 +625,10 @@ def train_with_ray(arguments: argparse.Namespace, config: TrainingConfig, cache:
     cores = os.cpu_count() or 1
     on_cluster = bool(os.environ.get("RAY_ADDRESS")) or ray.is_initialized()
     if not ray.is_initialized():
+        local_cpus = max(cores, arguments.workers[0] + 2)
         ray.init(
-            **({} if on_cluster else {"num_cpus": max(cores, arguments.workers[0] + 2)}),
+            # "local", else it would join whatever Ray was last started on this machine
+            **({} if on_cluster else {"address": "local", "num_cpus": local_cpus}),
             include_dashboard=None if on_cluster else False,
             logging_level=logging.WARNING,
         )

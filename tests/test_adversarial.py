@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from process_tree import descendants
 
 from stylegan import corpora
 from stylegan.adversarial import (
@@ -312,8 +314,8 @@ def test_a_killed_worker_is_replaced(line: list[str], tmp_path: Path) -> None:
     with log.open("wb") as stream:
         process = subprocess.Popen([*line, "--workers", "2"], stdout=stream, stderr=stream)
     wait_for(log, "adversarial  step 24", process)
-    pids = subprocess.run(["pgrep", "-f", "ray::.*TrainWorker"], capture_output=True, text=True)
-    os.kill(int(pids.stdout.split()[-1]), signal.SIGKILL)
+    lines = descendants(process.pid)
+    os.kill(max(p for p in lines if re.match("ray::.*TrainWorker", lines[p])), signal.SIGKILL)
     assert process.wait(500) == 0, log.read_text()[-3000:]
     assert steps(tmp_path / "model") == list(range(2, 61, 2))
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from process_tree import descendants
 from pyarrow import fs
 from ray.job_submission import JobSubmissionClient
 
@@ -589,23 +590,15 @@ def test_a_stopped_job_says_that_it_can_go_on(
     assert captions(tmp_path) == captions(quiet)
 
 
-def workers(name: str) -> list[int]:
-    """Process numbers of the living Ray workers of this name that this process started."""
-    found = []
-    for directory in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if (directory / "cmdline").read_text().startswith(f"ray::{name}"):
-                found.append(int(directory.name))
-    return found
-
-
 @pytest.mark.slow
 def test_a_captioner_that_dies_is_started_again(
     quiet: Path, shop: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     def kill_one() -> None:
         wait_for(lambda: number_of_parts(tmp_path) >= 2)
-        os.kill(workers("MapWorker(Map(CaptionUnit))")[0], signal.SIGKILL)
+        name = "ray::MapWorker(Map(CaptionUnit))"
+        captioner = next(pid for pid, line in descendants().items() if line.startswith(name))
+        os.kill(captioner, signal.SIGKILL)
 
     with ThreadPoolExecutor(1) as thread:
         killing = thread.submit(kill_one)

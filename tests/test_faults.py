@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from process_tree import command_line, descendants
 from ray.cluster_utils import Cluster
 from test_caption_job import ROOT, arguments, captions, number_of_parts, wait_for
 
@@ -68,16 +69,9 @@ def add(nodes: Cluster, cpus: int, gpus: int = 0) -> Any:
 
 def processes(text: str, node: Any = None) -> list[int]:
     """Numbers of the processes with this in their command line, of a node's workers only."""
-    raylet = node and node.all_processes["raylet"][0].process.pid
-    found = []
-    for directory in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            # without its agents, which a raylet does not survive
-            if text in (line := (directory / "cmdline").read_text()) and "Agent" not in line:
-                parent = int((directory / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                if raylet in (None, parent):
-                    found.append(int(directory.name))
-    return found
+    started = descendants(node and node.all_processes["raylet"][0].process.pid)
+    # without its agents, which a raylet does not survive
+    return [pid for pid, line in started.items() if text in line and "Agent" not in line]
 
 
 def start(nodes: Cluster, line: list[str], **environment: str) -> subprocess.Popen[str]:
@@ -164,8 +158,9 @@ def test_captioners_are_on_gpu_nodes_and_wait_for_a_new_one(
         seen["captioner"] += len(processes(CAPTIONER, captioning))
         time.sleep(0.01)
     assert set(+seen) == {"reader", "captioner"}, seen
+    lost = processes(CAPTIONER, captioning)
     nodes.remove_node(captioning, allow_graceful=False)
-    wait_for(lambda: not processes(CAPTIONER))
+    wait_for(lambda: not any(map(command_line, lost)))
     add(nodes, 1, gpus=1)
     finish(job)
     assert captions(tmp_path) == captions(quiet)
