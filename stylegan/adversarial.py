@@ -731,15 +731,16 @@ def train_critic(
         rows = dict(enumerate(conditions))
         encoding = Encoding(
             [None] * count, {},
-            {i: features[example.image].float() for i, (example, _) in rows.items()
+            {i: features[example.image] for i, (example, _) in rows.items()
              if example.image >= 0},
             {i: example.description for i, (example, _) in rows.items()},
             {i: concepts for i, (_, concepts) in rows.items()},
         )  # fmt: skip
         drawn = captioner.write(encoding, style, seed=[seed * 1_000_003 + i for i in rows])
-        kept = [c.text for c in drawn if c.text and not c.needs_review] or [
-            c.text for c in drawn if c.text
-        ]
+        kept = [c.text for c in drawn if c.text and not c.needs_review]
+        kept = kept or [c.text for c in drawn if c.text]
+        if not kept:  # a model that has nothing to say has nothing to be judged by
+            continue
         some = random.integers(len(pairs.products), size=int(FORMAL * len(kept)))
         formal = [pairs.products[i].description for i in some]
         hidden = hidden_ids(kept, tokenizer)
