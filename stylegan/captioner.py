@@ -63,6 +63,7 @@ PERSISTENCE = 2  # times as many candidates are drawn where only the shop's rule
 
 _OUT_OF_MEMORY = re.compile(r"can't allocate memory|_ALLOC_FAILED")  # of the CPU; cuBLAS, cuDNN
 _Row = TypeVar("_Row")
+_Draw = tuple[int, tuple[int, int] | None]  # a row of an encoding, key of its random stream
 _Made = TypeVar("_Made")
 
 # an image as bytes, a path, a PIL image or an array [H, W, 3] uint8; None with a description
@@ -531,7 +532,8 @@ class Captioner:
         too often.
         """
         texts: dict[int, tuple[str, Concepts]] = {}
-        for row, written in self._generate(rows, "formal", features, {}, Decoding()):
+        greedily: list[_Draw] = [(row, None) for row in rows]
+        for (row, _), written in self._generate(greedily, "formal", features, {}, Decoding()):
             concepts = corpora.lexicon().concepts(written.text)
             if self._colour_probability(written) < SURE:
                 concepts = replace(concepts, colours=frozenset())
@@ -563,19 +565,30 @@ class Captioner:
         usual = max(decoding.best_of, decoding.max_candidates)
         # a single candidate is what the model says by itself
         opened = OPENED if decoding.max_candidates > 1 else 0
-        for attempt in range(max(PERSISTENCE * usual, usual + opened)):
+        attempt, last = 0, max(PERSISTENCE * usual, usual + opened)
+        while pending and attempt < last:
+            # where they leave room in a tile, candidates are drawn ahead, and forgotten where they
+            # turn out not to be needed: each is what it would have been in its turn
+            ahead = max(1, min(self.tile // len(pending), usual - attempt))
             openings = {
                 row: self._opening(encoding.known[row], encoding.concepts[row])
                 for row in pending
                 if attempt >= usual and "unnamed" in best[row].faults
             }
-            generated = list(self._generate(
-                pending, style, encoding.features, encoding.known, decoding,
-                {row: [seeds[row], attempt] for row in pending}, limits, openings,
-            ))  # fmt: skip
+            draws: list[_Draw] = [
+                (row, (seeds[row], attempt + k)) for row in pending for k in range(ahead)
+            ]
+            generated = [
+                (row, written)
+                for (row, _), written in self._generate(
+                    draws, style, encoding.features, encoding.known, decoding, limits, openings
+                )
+            ]
             candidates = [self._judge(w, encoding.concepts[r], limits[r]) for r, w in generated]
             odds, scores = self._scores([c.text for c in candidates], style)
             for place, (row, written) in enumerate(generated):
+                if accepted[row] >= decoding.best_of:
+                    continue
                 candidate, is_accepted = candidates[place], True
                 if odds:
                     candidate = replace(candidate, score=scores[place])
@@ -592,15 +605,16 @@ class Captioner:
                     promising.add(row)
                 if row not in best or candidate.rank < best[row].rank:
                     best[row] = candidate
+            attempt += ahead
             pending = [row for row in pending if accepted[row] < decoding.best_of]
-            if attempt >= usual - 1:
+            if attempt >= usual:
                 pending = [
                     row
                     for row in pending
                     if best[row].faults
                     and (
                         row in promising
-                        or (attempt < usual - 1 + opened and "unnamed" in best[row].faults)
+                        or (attempt < usual + opened and "unnamed" in best[row].faults)
                     )
                 ]
         return best
@@ -637,23 +651,23 @@ class Captioner:
         return odds_N.tolist(), self.critic.probability(odds_N, style).tolist()
 
     def _generate(
-        self, rows: list[int], style: str, features: dict[int, Tensor], known: dict[int, str],
-        decoding: Decoding, keys: dict[int, list[int]] | None = None,
-        limits: dict[int, _Limits] | None = None, openings: dict[int, list[int]] | None = None,
-    ) -> Iterator[tuple[int, _Generated]]:  # fmt: skip
-        """A text for each row. keys: row → of its random stream; a row without one is decoded
+        self, draws: list[_Draw], style: str, features: dict[int, Tensor], known: dict[int, str],
+        decoding: Decoding, limits: dict[int, _Limits] | None = None,
+        openings: dict[int, list[int]] | None = None,
+    ) -> Iterator[tuple[_Draw, _Generated]]:  # fmt: skip
+        """A text for each draw: a row and the key of its random stream; without one it is decoded
         greedily, with zero noise. openings: row → tokens that its text begins with."""
         return self._by_tile(
-            rows,
+            draws,
             lambda tile: self._generate_tile(
-                tile, style, features, known, decoding, keys or {}, limits, openings or {}
+                tile, style, features, known, decoding, limits, openings or {}
             ),
         )
 
     @torch.inference_mode()
     def _generate_tile(
-        self, rows: Sequence[int], style: str, features: dict[int, Tensor], known: dict[int, str],
-        decoding: Decoding, keys: dict[int, list[int]], limits: dict[int, _Limits] | None,
+        self, tile: Sequence[_Draw], style: str, features: dict[int, Tensor],
+        known: dict[int, str], decoding: Decoding, limits: dict[int, _Limits] | None,
         openings: dict[int, list[int]],
     ) -> list[_Generated]:  # fmt: skip
         config, size = self.generator.config, self.tile
@@ -664,15 +678,15 @@ class Captioner:
         description = torch.full((size, config.description_length), PAD, device=self.device)
         noise = np.zeros((size, config.noise_size), dtype=np.float32)
         uniform = np.zeros((size, longest), dtype=np.float32)
-        luck = [1.0] * len(rows)
-        for slot, row in enumerate(rows):
+        rows, luck = [row for row, _ in tile], [1.0] * len(tile)
+        for slot, (row, key) in enumerate(tile):
             if row in features:
                 image[slot], has_image[slot] = features[row], True
             if row in known:
                 ids = self.tokenizer.encode(known[row]).ids[: config.description_length]
                 description[slot, : len(ids)] = torch.tensor(ids)
-            if row in keys:
-                stream = np.random.Generator(np.random.Philox(key=keys[row]))
+            if key is not None:
+                stream = np.random.Generator(np.random.Philox(key=key))
                 noise[slot] = stream.standard_normal(config.noise_size, dtype=np.float32)
                 uniform[slot] = stream.random(longest, dtype=np.float32)
                 luck[slot] = 1 - stream.random()
@@ -680,7 +694,7 @@ class Captioner:
         prefix, mask = self.generator.prefix(
             image, has_image, description, styles, torch.from_numpy(noise).to(self.device)
         )
-        greedy = torch.tensor([row not in keys for row in rows] + [True] * (size - len(rows)))
+        greedy = torch.tensor([key is None for _, key in tile] + [True] * (size - len(tile)))
         draws = torch.from_numpy(uniform).to(self.device)
         greedy = greedy.to(self.device)
 
