@@ -75,15 +75,17 @@ class Critic:
         """[N] of sentences as token ids, their topic hidden; each depends on itself alone."""
         number = self.styles.index(style)
         if not hidden:
-            return torch.zeros(0)
+            return torch.zeros(0, dtype=torch.float64)
         phrases, weights = _phrases(hidden)
-        return (self.weights[number][phrases] * weights).sum(1) + self.shift[number]
+        odds_N = (self.weights[number][phrases].double() * weights).sum(1) + self.shift[number]
+        # the last bits of a sum depend on how many sentences there are
+        return odds_N.round(decimals=6)
 
     def probability(self, log_odds_N: Tensor, style: str) -> Tensor:
         """Calibrated probability that a person wrote the sentence."""
         scale, shift = self.calibration[self.styles.index(style)]
-        probabilities: Tensor = (scale * log_odds_N + shift).sigmoid()
-        return probabilities
+        probabilities: Tensor = (scale * log_odds_N.double() + shift).sigmoid()
+        return probabilities.round(decimals=6)
 
     def save(self, directory: Path) -> None:
         """Writes `discriminator.safetensors`, the weights in half precision."""

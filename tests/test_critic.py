@@ -52,6 +52,8 @@ def test_a_sentence_is_judged_by_itself_and_nothing_at_all_can_be(people: list[l
     together = critic.log_odds(people[:50], "a")
     alone = torch.cat([critic.log_odds([row], "a") for row in people[:50]])
     assert torch.equal(together, alone)
+    scores = [critic.probability(odds, "a") for odds in (together, *together.split(1))]
+    assert torch.equal(scores[0], torch.cat(scores[1:]))
     assert critic.log_odds([], "a").tolist() == []
 
 
