@@ -82,11 +82,12 @@ class MemoryMeter(threading.Thread):
 
     def run(self) -> None:
         while not self.done.wait(0.5):
-            total = sum(_proportional_kib(pid) for pid in _descendants(self.pid))
+            total = sum(_proportional_kib(pid) for pid in descendants(self.pid))
             self.peak_mib = max(self.peak_mib, total / 1024)
 
 
-def _descendants(root: int) -> list[int]:
+def descendants(root: int) -> set[int]:
+    """A process and all that it started, and what these started, and so on."""
     parents: dict[int, int] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -96,7 +97,7 @@ def _descendants(root: int) -> list[int]:
     family = {root}
     while more := {pid for pid, parent in parents.items() if parent in family} - family:
         family |= more
-    return list(family)
+    return family
 
 
 def _proportional_kib(pid: int) -> int:
