@@ -80,20 +80,37 @@ def is_sayable(text: str) -> bool:
     )
 
 
+def finds_fault(text: str) -> bool:
+    """Whether a sentence says what is wrong with a product, or takes something back."""
+    words = lexicon()
+    return bool(words.faultfinding.search(words.praise.sub("", normalise(text))))
+
+
+def is_misplaced(text: str, concepts: Concepts) -> bool:
+    """Whether a caption says of a product what only clothes have: of a watch, that it drapes."""
+    words = lexicon()
+    bare = bool(concepts.head) and not concepts.head & words.clothes
+    return bare and bool(words.clothes_words.search(normalise(text)))
+
+
 _ONE = re.compile(r"\b(this|that|a|an|another|every)( \w+(ing|ed|y|al|ic|e|d|k|t))?$")
 _MANY = re.compile(r"\b(these|those|many|few)( \w+)?$")
 _OTHER = re.compile(r"\b(of|on|in|with|for|at|to|and)\b")
+_ARTICLE = re.compile(
+    r"\ba (?=[aeio]\w)(?!(one|once|eu)\w*\b)|\ba u[bglmnp](?!i[^mn])"
+    r"|\ban (?![aeiou]|hour|hono|heir)"
+)
 _TWICE = re.compile(r"\b(\w{4,})( and| or| to)?( so| very| super)? \1\b")
 
 
 def is_well_formed(text: str) -> bool:
     """Whether products agree in number with their articles and verbs, and no word is said twice.
 
-    "These belt are nice.", "this shoes", "a shorts" and "soft and soft" are not. It finds the
-    commonest slips, no more; a pair of shoes is one, and so is what has a noun after it.
+    "These belt are nice.", "this shoes", "a shorts", "a elegant" and "soft and soft" are not. It
+    finds the commonest slips, no more; a pair of shoes is one, and so is what has a noun after it.
     """
     text = normalise(text)
-    if _TWICE.search(text):
+    if _TWICE.search(text) or _ARTICLE.search(text):
         return False
     for mention in lexicon().mentions(text):
         if not mention.types:
@@ -179,15 +196,20 @@ class Lexicon:
                 for plural in _plurals(form):
                     types.setdefault(plural, set()).add(kind)
         self.types = types
-        words = "|".join(tables.get("unsayable", []))
-        self.unsayable = re.compile(rf"\b({words})\b|[\d$%#*@~/():]" if words else r"(?!)")
-        words = "|".join(tables.get("garment_words", []))
-        self.garment_words = re.compile(rf"\b({words})\b" if words else r"(?!)")
-        words = "|".join(tables.get("specific_words", []))
-        self.specific_words = re.compile(rf"\b({words})\b" if words else r"(?!)")
+
+        def words(name: str, more: str = "") -> re.Pattern[str]:
+            listed = "|".join(tables.get(name, []))
+            return re.compile(rf"\b({listed})\b{more}" if listed else r"(?!)")
+
+        self.unsayable = words("unsayable", r"|[\d$%#*@~/():]")
+        self.garment_words = words("garment_words")
+        self.specific_words = words("specific_words")
+        self.clothes_words = words("clothes_words")
+        self.faultfinding, self.praise = words("faultfinding"), words("praise")
         self.praised = frozenset(tables.get("praised", []))
         self.wearable = frozenset(tables.get("wearable", []))
         self.groups = [frozenset(kinds) for kinds in tables.get("groups", {}).values()]
+        self.clothes = frozenset(tables.get("clothes", [])).union(*self.groups)
         self.colours = self._invert(tables["colours"])
         self.genders = self._invert(tables["genders"])
         ignored = tables.get("ignore", [])

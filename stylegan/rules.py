@@ -21,6 +21,8 @@ FAULTS: dict[str, tuple[int, float]] = {
     "short": (1, 0.5),  # fewer than three words
     "ill-formed": (1, 0.5),  # "these belt are"
     "unsayable": (1, 1.0),  # orders, prices, bodies, sizes
+    "fault-finding": (1, 0.5),  # "cute, but nothing special"
+    "misplaced": (1, 0.5),  # of a watch, that it drapes
     "copied": (1, 0.5),  # a sentence of the training text, with its topic hidden
     # what a shop asks of captions that are delivered, see brand.py: not learned, but worse to
     # break than all of the above together
@@ -76,6 +78,8 @@ class Rules:
             "short": len(words) < 3,
             "ill-formed": not corpora.is_well_formed(text),
             "unsayable": not corpora.is_sayable(text),
+            "fault-finding": corpora.finds_fault(text),
+            "misplaced": corpora.is_misplaced(text, concepts),
             "copied": corpora.sentence_hash(text) in self.seen,
         }
         return frozenset(name for name, is_broken in broken.items() if is_broken)

@@ -33,6 +33,11 @@ WATCH = corpora.lexicon().concepts("Black watch for men")
         ("This watch, so pretty and so.", True, set()),
         ("So handy and so pretty, this watch with a.", True, {"unfinished"}),
         ("Such a handy watch and", True, {"unfinished"}),
+        ("So pretty but nothing else, this watch.", True, {"fault-finding"}),
+        ("So pretty, a bit heavy, this watch.", True, {"fault-finding"}),
+        ("So handy but still so pretty, this watch.", True, set()),
+        ("This watch is not only handy.", True, set()),
+        ("So pretty, the sleeves of this watch.", True, {"misplaced"}),
         ("", True, {"short", "unnamed"}),
         (". . . !", True, {"short", "unnamed"}),
     ],
@@ -43,6 +48,15 @@ def test_faults(text: str, finished: bool, faults: set[str]) -> None:
     # the few words of the training text leave most words unknown
     assert found - {"invented", "unsayable"} == faults - {"invented", "unsayable"}
     assert faults <= found | {"invented"} or "invented" in faults
+
+
+def test_clothes_may_drape() -> None:
+    for description, misplaced in (("Blue dress", False), ("Scarf", False), ("Brown belt", True)):
+        noun = description.split()[-1].lower()
+        found = Rules().faults(
+            f"This {noun} drapes nicely.", True, corpora.lexicon().concepts(description)
+        )
+        assert ("misplaced" in found) == misplaced, description
 
 
 def test_a_word_counts_from_its_second_use() -> None:
