@@ -352,7 +352,8 @@ def write_captions(
                 f"--likelihood {likelihood} has other tokens than --model {model or '(shipped)'}: "
                 "give the likelihood model that the adversarial training began from"
             )
-        captioner.critic = adversarial.critic  # the same tokens
+        # a critic that was fitted to other captions serves it badly; the tokens are the same
+        captioner.critic = captioner.critic or adversarial.critic
         for temperature, name in ((1.0, "1"), (0.8, ".8"), (0.6, ".6")):
             decoding = dataclasses.replace(PLAIN, temperature=temperature)
             add(f"likelihood, T = {name}", captioner, decoding)

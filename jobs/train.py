@@ -24,6 +24,7 @@ stands for the drawn sample catalogue, `embedded` for the project's own colloqui
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import hashlib
 import io
@@ -60,6 +61,7 @@ from stylegan.discriminator import Discriminator
 from stylegan.generator import PRESETS, Generator, GeneratorConfig, begin_language
 from stylegan.images import decode_image
 from stylegan.losses import LOSSES
+from stylegan.rounds import train_rounds
 from stylegan.rules import Rules
 from stylegan.samples import write_samples
 from stylegan.training import (
@@ -355,6 +357,47 @@ def begin(config: TrainingConfig, data: Data) -> tuple[Generator, Tokenizer, Cur
     return generator, tokenizer, curves
 
 
+def begin_discriminator(config: TrainingConfig, generator: Generator) -> Discriminator:
+    """A discriminator that begins with the likelihood model or with what --discriminator names."""
+    torch.manual_seed(config.seed)
+    layers = config.discriminator_layers
+    if not config.discriminator:
+        return Discriminator.beside(generator, layers=layers)
+    try:
+        return Discriminator.pretrained(
+            Path(config.discriminator), generator.config.styles, layers=layers
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"--discriminator {config.discriminator}: {error}; give a directory with the "
+            "config.json, weights and tokenizer.json of an encoder of transformers"
+        ) from error
+
+
+def begin_teacher(
+    config: TrainingConfig, generator: Generator, tokenizer: Tokenizer
+) -> Generator | None:
+    """The model that --teacher names, None without one."""
+    if not config.teacher:
+        return None
+    with open_model(None if config.teacher == "shipped" else config.teacher) as directory:
+        teacher = Generator.from_pretrained(directory, dtype=torch.float32)
+        other = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    if other.get_vocab() != tokenizer.get_vocab():
+        raise InputError(
+            f"--teacher {config.teacher} has other tokens than the model that is to learn from it: "
+            "train it with the same --catalog, --colloquial and --preset"
+        )
+    own, theirs = generator.state_dict(), teacher.state_dict()
+    if not all(torch.equal(own[k].half(), theirs[k].half()) for k in own if k[:7] == "vision."):
+        raise InputError(
+            f"--teacher {config.teacher} sees with another backbone: give both the same --backbone"
+        )
+    teacher.requires_grad_(False)
+    teacher.eval()
+    return teacher
+
+
 def fit(
     config: TrainingConfig, decoding: Decoding, data: Data, process: Process,
     resume: dict[str, Any] | None, save: Callable[[dict[str, Any], Curves], None],
@@ -391,12 +434,14 @@ def fit(
     features = image_features(generator, data.pixels[train], process)
     if stage == "likelihood":
         if config.likelihood_steps > 0:
+            teacher = begin_teacher(config, generator, tokenizer)
             train_likelihood(
                 generator, tokenizer, pairs, data.background, features,
-                held_out_examples(products, data, config.seed), config,
-                process=process, curves=curves, resume=resume, save=checkpoint, log=log,
+                held_out_examples(products, data, config.seed), config, process=process,
+                curves=curves, teacher=teacher and nn.Module.to(teacher, process.device),
+                resume=resume, save=checkpoint, log=log,
             )  # fmt: skip
-        resume = None
+        stage, resume = "adversarial", None
     captioner = Captioner(
         generator, tokenizer, decoding, rules=rules, device=process.device,
         frequency=token_frequency(
@@ -404,13 +449,22 @@ def fit(
         ),
     )  # fmt: skip
     verdict = None
-    if config.adversarial_steps > 0:
-        discriminator = Discriminator.beside(generator, layers=config.discriminator_layers)
-        discriminator.to(process.device)
+    if config.adversarial_steps > 0 and stage != "rounds":
         verdict = train_adversarial(
-            generator, discriminator, tokenizer, pairs, data.dev, features, rules, config,
-            process=process, curves=curves, resume=resume, save=checkpoint, log=log,
+            generator, begin_discriminator(config, generator).to(process.device), tokenizer, pairs,
+            data.dev, features, rules, config, process=process, curves=curves, resume=resume,
+            save=checkpoint, log=log,
         )  # fmt: skip
+        resume = None
+    if config.rounds > 0:
+        reference = copy.deepcopy(generator)  # what discriminators of every round begin with
+        after = train_rounds(
+            generator, lambda: begin_discriminator(config, reference).to(process.device), tokenizer,
+            pairs, data.dev, features, rules, config, process=process, curves=curves,
+            resume=resume, save=checkpoint, log=log,
+        )  # fmt: skip
+        verdict = (verdict or {}) | {"after": after["after"]}
+        verdict.setdefault("before", after["before"])
     if config.critic_captions > 0 and process.rank == 0:
         log(f"critic  learns from {config.critic_captions:,} captions of each style")
         captioner.critic = train_critic(
@@ -811,7 +865,8 @@ def main() -> int:
             "compared with the others of its product", file=sys.stderr,
         )  # fmt: skip
         return 2
-    for name in ("start", "backbone", "language"):  # workers may run in another directory
+    # workers may run in another directory
+    for name in ("start", "backbone", "language", "teacher", "discriminator"):
         uri = getattr(arguments, name)
         if uri and "://" not in uri and uri != "shipped":
             setattr(arguments, name, str(Path(uri).resolve()))

@@ -53,6 +53,7 @@ LEAST_NAMED = 300  # sentences that name a product; with fewer, the whole voice 
 MISMATCHED = 0.1  # of the discriminator's fakes: people's sentences of another style
 FORMAL = 0.1  # formal descriptions beside the critic's captions, which it shall not like either
 WORD_DROPOUT = 0.06
+TRUNK_RATE = 0.1  # of the discriminator's learning rate, for what is pretrained
 REPLAY_BUFFER = 4096  # fakes of the past
 SMOOTHING = 2.0  # added to the counts of token pairs
 WARM_ACCURACY = 0.75  # pair accuracy at which the warm-up ends
@@ -149,11 +150,12 @@ def matching(
 def write_captions(
     generator: Generator, tokenizer: Tokenizer, rules: Rules,
     conditions: Sequence[tuple[Example, Concepts]], features: Tensor, group_size: int,
-    random: torch.Generator, device: str,
+    random: torch.Generator, device: str, reader: Tokenizer | None = None,
 ) -> tuple[Written, TextBatch, Tensor]:  # fmt: skip
     """Samples group_size captions of each condition at temperature 1, each with noise of its own.
 
-    → what was written, its conditions and noise [N, Z]: N = conditions × group_size rows.
+    reader: the discriminator's tokeniser, where it has its own. → what was written, its conditions
+    and noise [N, Z]: N = conditions × group_size rows.
     """
     batch = encode_batch([c[0] for c in conditions], tokenizer, generator.config, features)
     batch = batch.repeated(group_size).to(device)
@@ -177,7 +179,7 @@ def write_captions(
         rules.faults(text, row[-1:] == [EOS], concepts)
         for text, row, concepts in zip(texts, rows_ids, known, strict=True)
     ]
-    hidden = hidden_ids(texts, tokenizer)
+    hidden = hidden_ids(texts, reader or tokenizer)
     return Written(ids, texts, hidden, batch.style_B, faults), batch, noise
 
 
@@ -225,7 +227,8 @@ def score(
     discriminator: Discriminator, hidden: Sequence[list[int]], style: Tensor, device: str
 ) -> Tensor:
     """Scores [N] of sentences, without dropout."""
-    scores: Tensor = discriminator(pad_ids(hidden).to(device), style.to(device)).float()
+    with Process(device=device).autocast():
+        scores: Tensor = discriminator(pad_ids(hidden).to(device), style.to(device)).float()
     return scores
 
 
@@ -240,10 +243,12 @@ class Watch:
     def __init__(
         self, human: dict[str, list[str]], pairs: PseudoPairs, tokenizer: Tokenizer, rules: Rules,
         features: Tensor, count: int, seed: int, styles: Sequence[str],
+        reader: Tokenizer | None = None,
     ) -> None:  # fmt: skip
         random = np.random.default_rng([seed, 13])
         self.human, self.tokenizer, self.rules, self.features = human, tokenizer, rules, features
-        self.hidden = {style: hidden_ids(texts, tokenizer) for style, texts in human.items()}
+        self.reader = reader or tokenizer
+        self.hidden = {style: hidden_ids(texts, self.reader) for style, texts in human.items()}
         self.styles, self.seed = list(styles), seed
         self.conditions = {
             style: [pairs.condition(style, random) for _ in range(count)] for style in human
@@ -259,7 +264,7 @@ class Watch:
             random = torch.Generator().manual_seed(self.seed)
             parts = [
                 write_captions(generator, self.tokenizer, self.rules, conditions[i : i + 64],
-                               self.features, 1, random, device)[0]
+                               self.features, 1, random, device, self.reader)[0]
                 for i in range(0, len(conditions), 64)
             ]  # fmt: skip
             written = Written(
@@ -351,6 +356,57 @@ def voices(
     return voice, [text for text in watched if pairs.pair(text)] or watched
 
 
+def people_of(
+    pairs: PseudoPairs, held_out: Mapping[str, Sequence[str]], styles: Sequence[str]
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """What people wrote in each style: what to watch with, and what is real to learn from."""
+    watched_by: dict[str, list[str]] = {}
+    voice_by: dict[str, list[str]] = {}
+    for style in styles:
+        voice, watched = voices(pairs, held_out, style)
+        # with too few left out, the detector has to do with sentences that were learned from
+        watched_by[style] = watched if len(watched) >= LEAST_WATCHED else voice
+        voice_by[style] = voice
+    return watched_by, voice_by
+
+
+def show_products(
+    pairs: PseudoPairs, styles: Sequence[str], seed: int, curves: Curves
+) -> list[tuple[Example, Concepts]]:
+    """The products whose captions are kept over time, named in the curves."""
+    random = np.random.default_rng([seed, 17])
+    shown = [pairs.condition(styles[i % len(styles)], random) for i in range(SHOWN)]
+    curves.products = [
+        {"description": example.description, "image": example.image} for example, _ in shown
+    ]
+    return shown
+
+
+def keep_samples(
+    curves: Curves, step: int, generator: Generator, tokenizer: Tokenizer, rules: Rules,
+    shown: Sequence[tuple[Example, Concepts]], features: Tensor, seed: int, device: str,
+) -> None:  # fmt: skip
+    """Adds the captions of the products shown, by the same noise each time."""
+    chance = torch.Generator().manual_seed(seed)
+    written, _, _ = write_captions(generator, tokenizer, rules, shown, features, 1, chance, device)
+    captions = [corpora.sentence(text) for text in written.texts]
+    curves.samples.append({"step": step, "captions": captions})
+
+
+def discriminator_optimiser(
+    discriminator: Discriminator, config: TrainingConfig
+) -> torch.optim.Optimizer:
+    """AdamW; `scale` of a group is its part of the learning rate."""
+    new = [module for name, module in discriminator.named_children() if name != "trunk"]
+    gentle = TRUNK_RATE if discriminator.reader else 1.0
+    groups = [
+        group | {"scale": scale, "lr": scale * config.discriminator_rate}
+        for module, scale in ((discriminator.trunk, gentle), (nn.ModuleList(new), 1.0))
+        for group in parameter_groups(module, config.weight_decay)
+    ]
+    return torch.optim.AdamW(groups, betas=(0.5, 0.98))
+
+
 def train_adversarial(
     generator: Generator,
     discriminator: Discriminator,
@@ -383,29 +439,21 @@ def train_adversarial(
     reference = copy.deepcopy(generator).requires_grad_(False)
     trained = [p for p in generator.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in trained]
+    reader = discriminator.reader or tokenizer
 
-    human: dict[str, list[str]] = {}
-    real: dict[str, list[list[int]]] = {}
-    for style in styles:
-        voice, watched = voices(pairs, held_out, style)
-        # with too few left out, the detector has to do with sentences that were learned from
-        human[style] = watched if len(watched) >= LEAST_WATCHED else voice
-        real[style] = hidden_ids(voice, tokenizer)
+    human, voice = people_of(pairs, held_out, styles)
+    real = {style: hidden_ids(texts, reader) for style, texts in voice.items()}
     people_say = {style: pair_counts(sentences) for style, sentences in real.items()}
-    watch = Watch(human, pairs, tokenizer, rules, features, config.watched, config.seed, styles)
-    random = np.random.default_rng([config.seed, 17])
-    shown = [pairs.condition(styles[i % len(styles)], random) for i in range(SHOWN)]
-    curves.products = [
-        {"description": example.description, "image": example.image}
-        for example, _ in shown
-    ]
+    watch = Watch(
+        human, pairs, tokenizer, rules, features, config.watched, config.seed, styles, reader
+    )
+    shown = show_products(pairs, styles, config.seed, curves)
 
     def optimisers() -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
         return (
             torch.optim.AdamW(trained, lr=config.adversarial_rate, betas=(0.9, 0.98),
                               weight_decay=0.0),
-            torch.optim.AdamW(parameter_groups(discriminator, config.weight_decay),
-                              lr=config.discriminator_rate, betas=(0.5, 0.98)),
+            discriminator_optimiser(discriminator, config),
         )  # fmt: skip
 
     optimiser_g, optimiser_d = optimisers()
@@ -466,12 +514,9 @@ def train_adversarial(
         assign(trained, average)
         figures, _ = watch.measure(generator, discriminator, device)
         if process.rank == 0:
-            chance = torch.Generator().manual_seed(config.seed)
-            written, _, _ = write_captions(
-                generator, tokenizer, rules, shown, features, 1, chance, device
+            keep_samples(
+                curves, step, generator, tokenizer, rules, shown, features, config.seed, device
             )
-            captions = [corpora.sentence(text) for text in written.texts]
-            curves.samples.append({"step": step, "captions": captions})
         assign(trained, now)
         return process.agree(figures)
 
@@ -489,7 +534,7 @@ def train_adversarial(
                 ]
                 written, _, _ = write_captions(
                     generator, tokenizer, rules, conditions, features, 1,
-                    torch.Generator().manual_seed(seed), device,
+                    torch.Generator().manual_seed(seed), device, reader,
                 )  # fmt: skip
                 people = draw_real(written.style, chance)
                 ahead = score(discriminator, people, written.style, device)
@@ -546,7 +591,7 @@ def train_adversarial(
         ]
         written, batch, noise = write_captions(
             generator, tokenizer, rules, conditions, features, size,
-            torch.Generator().manual_seed(seed), device,
+            torch.Generator().manual_seed(seed), device, reader,
         )  # fmt: skip
 
         # --- score -------------------------------------------------------------------------------
@@ -586,7 +631,7 @@ def train_adversarial(
         for _ in range(seesaw(controls.accuracy)):
             fakes, style_N = draw_fakes(written, chance)
             for group in optimiser_d.param_groups:
-                group["lr"] = config.discriminator_rate * controls.rate
+                group["lr"] = config.discriminator_rate * controls.rate * group["scale"]
             vital |= discriminator_step(
                 discriminator, optimiser_d, draw_real(style_N, chance), fakes, style_N,
                 config, process, step, controls.discriminator_steps % PENALTY_EVERY == 0,

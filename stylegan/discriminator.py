@@ -1,9 +1,10 @@
 """The discriminator: a sentence and a style go in; out comes a score, high for what people wrote.
 
 It reads text whose topic is hidden on both sides (`corpora.Lexicon.hide`), so that it judges the
-voice and not what people happen to write about. Its trunk has the shape of the generator's language
-model, and begins with the weights of the likelihood model: it knows the language before it learns
-to judge it (as in TextGAIL, Wu et al., AAAI 2021). Delivered captions are scored by the critic.
+voice and not what people happen to write about. It knows the language before it learns to judge it
+(as in TextGAIL, Wu et al., AAAI 2021): its trunk is a pretrained encoder, which has read much more
+than any voice has sentences, or begins with the weights of the likelihood model. Delivered captions
+are scored by the critic.
 
 Shapes: N sentences, T tokens, C channels.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,13 +33,16 @@ class Discriminator(nn.Module):
     """A language model's trunk, pooled, beside n-gram filters; projection by style.
 
     text_config: of the trunk, as a dict with `model_type`. styles: names, as in the generator's
-    configuration. score = w·h + ⟨v_style, h⟩ (Miyato & Koyama, ICLR 2018), h the pooled features.
+    configuration. reader: the trunk's own tokeniser, None where it reads by the generator's.
+    score = w·h + ⟨v_style, h⟩ (Miyato & Koyama, ICLR 2018), h the pooled features.
     """
 
     def __init__(
-        self, text_config: dict[str, Any], styles: Sequence[str], dropout: float = 0.3
-    ) -> None:
+        self, text_config: dict[str, Any], styles: Sequence[str], dropout: float = 0.3,
+        reader: Tokenizer | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.reader = reader
         settings = dict(text_config)
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         # the fused kernels have no second derivative, which the penalties need
@@ -71,6 +76,26 @@ class Discriminator(nn.Module):
         text_config = config.to_diff_dict() | {"model_type": config.model_type}
         model = cls(_plain(text_config), generator.config.styles, dropout)
         given = generator.language.base_model.state_dict()
+        model.trunk.load_state_dict({name: given[name] for name in model.trunk.state_dict()})
+        return model
+
+    @classmethod
+    def pretrained(
+        cls, directory: Path, styles: Sequence[str], dropout: float = 0.3, layers: int = 0
+    ) -> Discriminator:
+        """A discriminator around an encoder that AutoModel loads, with its `tokenizer.json`.
+
+        layers: the first so many, 0 for all. Raises OSError or ValueError where there is none.
+        """
+        trained = AutoModel.from_pretrained(directory)
+        config = copy.deepcopy(trained.config)
+        config.num_hidden_layers = min(layers or config.num_hidden_layers, config.num_hidden_layers)
+        reader = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        reader.no_padding()
+        reader.no_truncation()
+        text_config = config.to_diff_dict() | {"model_type": config.model_type}
+        model = cls(_plain(text_config), styles, dropout, reader)
+        given = trained.state_dict()
         model.trunk.load_state_dict({name: given[name] for name in model.trunk.state_dict()})
         return model
 
@@ -150,8 +175,10 @@ def hidden_ids(texts: Iterable[str], tokenizer: Tokenizer) -> list[list[int]]:
     """Sentences as the discriminator reads them: normalised, topic hidden, ended by EOS."""
     hide = corpora.lexicon().hide
     return [
-        [*tokenizer.encode(hide(corpora.normalise(text))).ids[: LENGTH - 1], EOS] for text in texts
-    ]
+        [*tokenizer.encode(hide(corpora.normalise(t)), add_special_tokens=False).ids[: LENGTH - 1],
+         EOS]
+        for t in texts
+    ]  # fmt: skip
 
 
 def pad_ids(rows: Sequence[Sequence[int]], length: int | None = None) -> Tensor:

@@ -30,6 +30,7 @@ from transformers import (
 
 _OLD_CACHE = "past_key_values"
 PAD, BOS, EOS = 0, 1, 2  # the tokeniser's first three entries
+POSITIONS = 96  # of a language model: prefix and caption, with room
 
 # (vision, language) settings of a generator built from nothing
 PRESETS: dict[str, dict[str, Any]] = {
@@ -130,7 +131,7 @@ class GeneratorConfig(PreTrainedConfig):
             text_config={
                 **preset["text_config"],
                 "vocab_size": vocab_size,
-                "n_positions": 96,
+                "n_positions": POSITIONS,
                 "pad_token_id": PAD,
                 "bos_token_id": BOS,
                 "eos_token_id": EOS,
@@ -326,6 +327,9 @@ def begin_language(
     config.tie_word_embeddings = True
     config.pad_token_id, config.bos_token_id, config.eos_token_id = PAD, BOS, EOS
     config.num_hidden_layers = min(layers or config.num_hidden_layers, config.num_hidden_layers)
+    # of a table of positions only the first rows are ever read
+    longest = getattr(config, "max_position_embeddings", POSITIONS)
+    config.max_position_embeddings = min(longest, POSITIONS)
     for name in _DROPOUTS:
         if hasattr(config, name):
             setattr(config, name, dropout)
@@ -336,9 +340,10 @@ def begin_language(
     for name, value in body.state_dict().items():
         if value.data_ptr() == table.data_ptr():
             continue
-        if name not in given or given[name].shape != value.shape:
+        weights = given[name][: len(value)] if name in given else None
+        if weights is None or weights.shape != value.shape:
             raise ValueError(f"{directory} has no weights for {name} {list(value.shape)}")
-        taken[name] = given[name]
+        taken[name] = weights
     body.load_state_dict(taken, strict=False)
     reader = Tokenizer.from_file(str(directory / "tokenizer.json"))
     reader.no_padding()

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from stylegan.corpora import Example, PseudoPairs
 from stylegan.generator import EOS, PAD, Generator, GeneratorConfig
+from stylegan.losses import exact_kl
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,9 @@ class TrainingConfig:
     start: a model directory to go on from, "shipped" for the shipped model, "" to begin anew.
     backbone: the same, but of it only the vision backbone is taken; either way none is trained.
     language: directory of a pretrained encoder or decoder of transformers that the language model
-    begins with, "" to begin it anew. language_layers: how many of its layers, 0 for all.
+    begins with, "" to begin it anew. language_layers: how many of its layers, 0 for all. teacher: a
+    model directory of jobs.train, larger and trained on the same data, whose predictions the
+    likelihood stage learns from beside the text, "" for none. teacher_share: their weight, 0 to 1.
     backbone_epochs: passes over the catalogue's photographs. backbone_batch: photographs a step.
     backbone_rate: AdamW's peak learning rate. likelihood_steps, likelihood_batch: sentences a step,
     all processes together. likelihood_rate: peak learning rate. dropout: of the language model.
@@ -41,16 +44,22 @@ class TrainingConfig:
     random.
 
     The adversarial stage: adversarial_batch products a step, all processes together, group_size
-    captions of each. adversarial_rate, discriminator_rate: AdamW's. discriminator_layers: of the
-    language model's that its trunk has, 0 for all. adversarial_decay: of the mean
+    captions of each. adversarial_rate, discriminator_rate: AdamW's. discriminator: directory of a
+    pretrained encoder of transformers that is its trunk, "" for one that begins with the likelihood
+    model. discriminator_layers: of the trunk, 0 for all. adversarial_decay: of the mean
     weights. warmup_steps: of the discriminator alone, at most. loss: a name in losses.LOSSES.
     penalty: weight of R1 and R2. style_weight, content_weight, diversity_weight, matching_weight:
     of the reward's parts. kl_target: nats a token from the likelihood model, 0 for no such bound.
     likelihood_weight: of nats a token on pseudo-pairs. replay_share: of the discriminator's fakes
     that are old. watched: captions of each measure. micro_batch: captions of one backward pass,
     0 for all; gradients add up to the same. report_adversarial, measure_every, save_adversarial:
-    steps between two progress lines, measures, checkpoints. critic_captions: that are drawn for the
-    critic in the end, of each style; 0 for no critic.
+    steps between two progress lines, measures, checkpoints.
+
+    rounds: of the game in rounds (`rounds.py`), after the adversarial steps, if any.
+    round_captions: drawn in each, all processes together. round_discriminator_steps, round_steps:
+    of each discriminator and of the generator.
+
+    critic_captions: that are drawn for the critic in the end, of each style; 0 for no critic.
     """
 
     preset: str = "small"
@@ -59,6 +68,8 @@ class TrainingConfig:
     backbone: str = ""
     language: str = ""
     language_layers: int = 0
+    teacher: str = ""
+    teacher_share: float = 0.5
     backbone_epochs: int = 24
     backbone_batch: int = 64
     backbone_rate: float = 2e-3
@@ -76,6 +87,7 @@ class TrainingConfig:
     adversarial_rate: float = 2e-4
     adversarial_decay: float = 0.98
     discriminator_rate: float = 2e-4
+    discriminator: str = ""
     discriminator_layers: int = 0
     warmup_steps: int = 200
     loss: str = "relativistic"
@@ -87,6 +99,10 @@ class TrainingConfig:
     kl_target: float = 0.15
     likelihood_weight: float = 0.5
     replay_share: float = 0.25
+    rounds: int = 0
+    round_captions: int = 8000
+    round_discriminator_steps: int = 150
+    round_steps: int = 200
     watched: int = 512
     micro_batch: int = 0
     report_adversarial: int = 10
@@ -501,16 +517,26 @@ def draw_examples(
 
 
 def caption_loss(
-    model: Generator, batch: TextBatch, noise_BZ: Tensor, device: str
-) -> tuple[Tensor, Tensor]:
-    """→ summed negative log-likelihood of the captions' tokens, in nats, and their number."""
+    model: Generator, batch: TextBatch, noise_BZ: Tensor, device: str,
+    teacher: Generator | None = None, teacher_share: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """→ summed negative log-likelihood of the captions' tokens, in nats, and their number.
+
+    With a teacher, teacher_share of it is the KL divergence from what that predicts instead: of
+    words that fit a place, a sentence tells one, and a teacher all (Hinton et al., 2015).
+    """
     batch = batch.to(device)
-    prefix, mask = model.prefix(*batch.conditions(), noise_BZ.to(device))
+    conditions = *batch.conditions(), noise_BZ.to(device)
     caption = batch.caption_BT
-    logits = model(prefix, mask, caption)
+    logits = model(*model.prefix(*conditions), caption)
     loss = F.cross_entropy(
         logits.float().flatten(0, 1), caption.flatten(), ignore_index=PAD, reduction="sum"
     )
+    if teacher is not None:
+        with torch.no_grad():
+            told = teacher(*teacher.prefix(*conditions), caption)
+        apart = (exact_kl(told, logits) * (caption != PAD)).sum()
+        loss = (1 - teacher_share) * loss + teacher_share * apart
     return loss, (caption != PAD).sum()
 
 
@@ -536,6 +562,7 @@ def train_likelihood(
     *,
     process: Process,
     curves: Curves,
+    teacher: Generator | None = None,
     resume: dict[str, Any] | None = None,
     save: Callable[[dict[str, Any]], None] = lambda state: None,
     log: Callable[[str], None] = print,
@@ -543,8 +570,9 @@ def train_likelihood(
     """Maximum likelihood of formal descriptions and of colloquial sentences, in place.
 
     features [N, I, C]: of the catalogue's photographs; the backbone stays as it is. held_out: a
-    part of the training text that is left out, on which the weights to keep are chosen. Ends with
-    the exponential mean of the weights that was best on it. Raises NonFiniteLoss.
+    part of the training text that is left out, on which the weights to keep are chosen. teacher: to
+    learn from beside the text, with the same tokeniser. Ends with the exponential mean of the
+    weights that was best on it. Raises NonFiniteLoss.
     """
     device = process.device
     model.vision.requires_grad_(False).eval()
@@ -585,7 +613,9 @@ def train_likelihood(
         for part in parts:
             noise = torch.randn(len(part.style_B), model.config.noise_size)
             with process.autocast():
-                loss, _ = caption_loss(model, part, noise, device)
+                loss, _ = caption_loss(
+                    model, part, noise, device, teacher, config.teacher_share
+                )
             (loss / count).backward()
             total += loss.detach()
         process.check_finite(total, "likelihood", step)

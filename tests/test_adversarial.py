@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from process_tree import descendants
+from tiny_model import write_pretrained
 
 from stylegan import corpora
 from stylegan.adversarial import (
@@ -32,11 +34,19 @@ from stylegan.adversarial import (
     trouble,
 )  # fmt: skip
 from stylegan.captioner import Captioner
-from stylegan.corpora import Product, PseudoPairs
+from stylegan.corpora import Example, Product, PseudoPairs
 from stylegan.discriminator import Discriminator
 from stylegan.generator import Generator, GeneratorConfig
+from stylegan.rounds import train_rounds, weigh, weighted_loss
 from stylegan.rules import Rules
-from stylegan.training import Curves, Process, TrainingConfig, train_likelihood
+from stylegan.training import (
+    Curves,
+    Process,
+    TrainingConfig,
+    caption_loss,
+    encode_batch,
+    train_likelihood,
+)  # fmt: skip
 
 OPENINGS = ["such a lovely", "this is a really neat", "what a smart", "here is a fine"]
 ENDINGS = [
@@ -127,6 +137,84 @@ def test_the_generator_learns_the_voice_from_plain_sentences(likelihood_model: N
     assert verdict["after"]["auc"] < verdict["before"]["auc"]
 
 
+def play_rounds(networks: Networks, pairs: PseudoPairs, config: TrainingConfig, **more: Any) -> Any:
+    generator = fresh(networks)[0]
+    curves = Curves()
+
+    def begin() -> Discriminator:
+        torch.manual_seed(1)
+        return Discriminator.beside(networks[0])
+
+    verdict = train_rounds(
+        generator, begin, networks[1], pairs, {"colloquial": pairs.plain["colloquial"][::2]},
+        networks[3], Rules(), config, process=Process(), curves=curves, log=lambda line: None,
+        **more,
+    )  # fmt: skip
+    return generator, verdict, curves
+
+
+ROUNDS = replace(
+    CONFIG, rounds=2, round_captions=192, round_discriminator_steps=30, round_steps=30,
+    adversarial_steps=0, adversarial_rate=1e-3, discriminator_rate=1e-3, likelihood_weight=0.1,
+)  # fmt: skip
+
+
+def test_rounds_teach_the_voice_and_go_on_where_they_were(likelihood_model: Networks) -> None:
+    """People open in one of four ways only; only the discriminators say so."""
+    voice = [text for text in SENTENCES * 10 if text.startswith(OPENINGS[0])]
+    pairs = PseudoPairs(products(), {"colloquial": voice})
+    # what is likely by itself must not be learned from the pseudo-pairs
+    config = replace(ROUNDS, likelihood_weight=0.0)
+    states: list[dict[str, Any]] = []
+    generator, verdict, curves = play_rounds(
+        likelihood_model, pairs, config, save=lambda state: states.append(copy.deepcopy(state))
+    )
+    before = share(likelihood_model[0], likelihood_model[1], OPENINGS[0])
+    after = share(generator, likelihood_model[1], OPENINGS[0])
+    assert before < 0.45 and after > before + 0.2
+    assert verdict["after"]["auc"] < verdict["before"]["auc"]
+    assert [state["step"] for state in states] == [1, 2]
+    assert [sample["step"] for sample in curves.samples] == [0, 1, 2]
+    again, other, _ = play_rounds(likelihood_model, pairs, config, resume=states[0])
+    assert other == verdict
+    for one, same in zip(generator.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, same)
+
+
+def test_weights_are_odds_bounded_and_of_mean_one_in_each_group() -> None:
+    log_odds = torch.tensor([0.0, math.log(3), 9.0, -9.0, -9.0, -8.0])
+    group = torch.tensor([0, 0, 0, 0, 1, 1])
+    weights = weigh(log_odds, group, Process())
+    mean = (1 + 3 + 5 + math.exp(-9)) / 4
+    torch.testing.assert_close(weights[:3], torch.tensor([1.0, 3.0, 5.0]) / mean)
+    assert weights[4:].mean().item() == pytest.approx(1.0)
+    assert (weights[5] / weights[4]).item() == pytest.approx(math.e, rel=1e-4)
+
+
+def test_what_weighs_nothing_teaches_nothing(likelihood_model: Networks) -> None:
+    generator, tokenizer, _, features = likelihood_model
+    texts = SENTENCES[:3]
+    batch = encode_batch(
+        [Example(text, "colloquial") for text in texts], tokenizer, generator.config, features
+    )
+    noise = torch.zeros(3, generator.config.noise_size)
+    with torch.no_grad():
+        alike = weighted_loss(generator, batch, torch.ones(3), noise, Process())
+        nats, count = caption_loss(generator, batch, noise, "cpu")
+        one = weighted_loss(generator, batch, torch.tensor([0.0, 2.0, 0.0]), noise, Process())
+        own, _ = caption_loss(generator, batch.rows(torch.tensor([1])), noise[:1], "cpu")
+    torch.testing.assert_close(alike, nats / count, rtol=2e-2, atol=1e-3)
+    torch.testing.assert_close(one, 2 * own / count, rtol=2e-2, atol=1e-3)
+
+
+def test_rounds_end_when_there_is_nothing_to_learn_from(likelihood_model: Networks) -> None:
+    rounds = replace(ROUNDS, round_captions=32)
+    generator, verdict, _ = play_rounds(likelihood_model, likelihood_model[2], rounds)
+    assert verdict["before"] == verdict["after"]
+    for one, same in zip(generator.parameters(), likelihood_model[0].parameters(), strict=True):
+        assert torch.equal(one, same)
+
+
 def test_worn_out_phrases_cost_and_forgotten_ones_pay() -> None:
     people = pair_counts([[5, 6]] * 8 + [[7, 8]] * 8)
     captions = pair_counts([[5, 6]] * 14 + [[7, 8]] * 2)
@@ -151,6 +239,24 @@ def test_every_loss_plays(loss: str, likelihood_model: Networks) -> None:
     _, _, verdict, curves = play(likelihood_model, replace(CONFIG, loss=loss, adversarial_steps=2))
     assert set(verdict) == {"before", "after"}
     assert curves.events[-1]["kind"] == "done"
+
+
+def test_a_pretrained_discriminator_plays(likelihood_model: Networks, tmp_path: Path) -> None:
+    """It reads by a tokeniser of its own, and its trunk learns more slowly than what is new."""
+    write_pretrained(tmp_path, "encoder")
+    generator, tokenizer, pairs, features = likelihood_model
+    torch.manual_seed(1)
+    discriminator = Discriminator.pretrained(tmp_path, generator.config.styles)
+    before = {k: v.clone() for k, v in discriminator.state_dict().items()}
+    verdict = train_adversarial(
+        fresh(likelihood_model)[0], discriminator, tokenizer, pairs, {"colloquial": SENTENCES[::2]},
+        features, Rules(), replace(CONFIG, adversarial_steps=2, warmup_steps=8), process=Process(),
+        curves=(curves := Curves()), log=lambda line: None,
+    )  # fmt: skip
+    assert set(verdict) == {"before", "after"} and curves.events[-1]["kind"] == "done"
+    moved = {k: (v - before[k]).abs().mean().item() for k, v in discriminator.state_dict().items()}
+    layer, new = "trunk.encoder.layer.0.output.dense.weight", "features.2.weight"
+    assert 0 < moved[layer] < moved[new] / 3
 
 
 def test_two_voices_are_told_apart_and_reported_apart(likelihood_model: Networks) -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_model import write_pretrained
+from transformers import AutoModel
 
 from stylegan import corpora, losses
 from stylegan.captioner import Captioner
@@ -31,6 +33,24 @@ def test_it_begins_with_the_language_of_the_generator(captioner: Captioner) -> N
     ours = discriminator(captioner).trunk.state_dict()
     for name, value in captioner.generator.language.base_model.state_dict().items():
         assert torch.equal(ours[name], value), name
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_a_pretrained_trunk_reads_by_its_own_tokeniser(kind: str, tmp_path: Path) -> None:
+    theirs = write_pretrained(tmp_path, kind)
+    model = Discriminator.pretrained(tmp_path, ["formal", "colloquial"], layers=2).eval()
+    assert model.reader is not None and model.trunk.config.num_hidden_layers == 2
+    text = "Such a lovely watch, and so light."
+    [ids] = hidden_ids([text], model.reader)
+    hidden = corpora.lexicon().hide(corpora.normalise(text))
+    assert ids == [*theirs.encode(hidden).ids, EOS]
+    given = AutoModel.from_pretrained(tmp_path).state_dict()
+    for name, value in model.trunk.state_dict().items():
+        assert torch.equal(value, given[name]), name
+    with torch.no_grad():
+        together = model(pad_ids([ids, ids[:3]], 40), torch.ones(2, dtype=torch.long))
+        alone = model(pad_ids([ids]), torch.ones(1, dtype=torch.long))
+    torch.testing.assert_close(together[:1], alone, atol=1e-4, rtol=1e-3)
 
 
 def test_topic_is_hidden_on_the_way_in(captioner: Captioner) -> None:

@@ -4,20 +4,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tiny_model import write_pretrained
 from transformers import (
-    BertConfig,
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
-    PreTrainedTokenizerFast,
     ViTConfig,
     ViTModel,
 )  # fmt: skip
 
 from stylegan import corpora
 from stylegan.discriminator import Discriminator
-from stylegan.generator import EOS, PAD, Generator, GeneratorConfig, begin_language
+from stylegan.generator import (
+    EOS,
+    PAD,
+    POSITIONS,
+    Generator,
+    GeneratorConfig,
+    begin_language,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -113,21 +118,6 @@ def test_pretrained_parts_are_joined(tmp_path: Path) -> None:
     assert torch.equal(again.vision.state_dict()[weight], vision.state_dict()[weight])
 
 
-def write_pretrained(directory: Path, kind: str) -> Tokenizer:
-    """A body of three layers with random weights, and its tokeniser."""
-    theirs = corpora.train_tokenizer(corpora.embedded_corpus()[:300], 500)
-    torch.manual_seed(3)
-    body: torch.nn.Module = BertModel(BertConfig(
-        vocab_size=theirs.get_vocab_size(), hidden_size=32, num_hidden_layers=3,
-        num_attention_heads=2, intermediate_size=64,
-    )) if kind == "encoder" else GPT2LMHeadModel(GPT2Config(
-        vocab_size=theirs.get_vocab_size(), n_embd=32, n_layer=3, n_head=2, n_positions=128,
-    )).transformer  # fmt: skip
-    body.save_pretrained(directory)  # type: ignore[operator]
-    PreTrainedTokenizerFast(tokenizer_object=theirs).save_pretrained(directory)
-    return theirs
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
 def test_a_language_model_begins_with_a_pretrained_body(kind: str, tmp_path: Path) -> None:
@@ -135,6 +125,7 @@ def test_a_language_model_begins_with_a_pretrained_body(kind: str, tmp_path: Pat
     ours = corpora.train_tokenizer(corpora.embedded_corpus()[300:600], 300)
     language = begin_language(tmp_path, ours, layers=2, dropout=0.3)
     assert language.config.num_hidden_layers == 2
+    assert language.config.max_position_embeddings == POSITIONS
     # what spells the same has the same embedding, and the layers are theirs
     words, given = language.get_input_embeddings().weight, language.base_model.state_dict()
     trained = (BertModel if kind == "encoder" else GPT2LMHeadModel).from_pretrained(tmp_path)

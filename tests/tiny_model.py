@@ -6,6 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)  # fmt: skip
 
 from stylegan import corpora
 from stylegan.captioner import Captioner, Decoding, save_model
@@ -28,3 +36,18 @@ def write_tiny_model(directory: Path, seed: int = 0) -> Path:
     # no rules about words: an untrained model invents most of them
     save_model(directory, Captioner(Generator(config), tokenizer, decoding, critic=critic))
     return directory
+
+
+def write_pretrained(directory: Path, kind: str) -> Tokenizer:
+    """A body of three layers with random weights, and its tokeniser."""
+    theirs = corpora.train_tokenizer(corpora.embedded_corpus()[:300], 500)
+    torch.manual_seed(3)
+    body: torch.nn.Module = BertModel(BertConfig(
+        vocab_size=theirs.get_vocab_size(), hidden_size=32, num_hidden_layers=3,
+        num_attention_heads=2, intermediate_size=64,
+    )) if kind == "encoder" else GPT2LMHeadModel(GPT2Config(
+        vocab_size=theirs.get_vocab_size(), n_embd=32, n_layer=3, n_head=2, n_positions=128,
+    )).transformer  # fmt: skip
+    body.save_pretrained(directory)  # type: ignore[operator]
+    PreTrainedTokenizerFast(tokenizer_object=theirs).save_pretrained(directory)
+    return theirs
