@@ -218,10 +218,34 @@ python -m jobs.train{flags}
 """
 
 
+_ROUNDS = """\
+Two networks compete in rounds. In each the generator samples thousands of captions. Discriminators
+read them and sentences that people wrote, with words for product and colour hidden in both, so that
+they hear the voice and not the topic, and learn how much likelier people are to write a sentence
+than the generator is; each judges captions that it did not learn from. Then the generator learns
+its own captions, each weighted by these odds (as in MaliGAN), and none that breaks a rule. Some
+more likelihood training keeps it near what it knew. Delivered are the weights of the round that did
+best by its faults and by a detector that learns anew at each measure.
+
+"""
+_CRITIC = """\
+When the game is over a critic takes the discriminator's place: a linear model of words and pairs of
+words, topic hidden, fitted to thousands of captions as they are delivered and to people's
+sentences. Captions are delivered by rejection sampling, in proportion to its odds, so that what
+captions say too often comes no more often than people say it.
+`caption_score` is its verdict on a caption, from 0 to 1: the probability that a person wrote the
+sentence, were captions and people's sentences equally frequent. It is calibrated (Platt scaling) on
+people's sentences and captions that it did not learn from. It judges the voice, not whether the
+caption is true of its image.
+
+"""
+
+
 def _adversarial_method(config: Mapping[str, Any]) -> str:
-    """Two paragraphs and what follows them; nothing where the stage did not run."""
+    """A paragraph for each part and what follows it; nothing where the stage did not run."""
+    rounds = bool(config.get("rounds"))
     if not config.get("adversarial_steps"):
-        return ""
+        return (_ROUNDS + _CRITIC) * rounds
     game = {
         "relativistic": "that a real sentence should score higher than a generated one",
         "minimax": "to tell the two apart",
@@ -245,16 +269,7 @@ keep it near what it knew. Delivered is the exponential moving average of its we
 snapshot that did best by its faults and by a detector that
 learns anew at each measure. `training.html` tells the story step by step.
 
-When the game is over a critic takes the discriminator's place: a linear model of words and pairs of
-words, topic hidden, fitted to thousands of captions as they are delivered and to people's
-sentences. Captions are delivered by rejection sampling, in proportion to its odds, so that what
-captions say too often comes no more often than people say it.
-`caption_score` is its verdict on a caption, from 0 to 1: the probability that a person wrote the
-sentence, were captions and people's sentences equally frequent. It is calibrated (Platt scaling) on
-people's sentences and captions that it did not learn from. It judges the voice, not whether the
-caption is true of its image.
-
-"""
+{_ROUNDS * rounds}{_CRITIC}"""
 
 
 def _flags(config: Mapping[str, Any]) -> Iterator[str]:

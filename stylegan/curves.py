@@ -109,6 +109,10 @@ PANELS: dict[str, list[Panel]] = {
             "Falling to zero: it has won.",
         ),
         Panel(
+            "round", "Rounds: log odds of captions", {"odds_mean": "mean"},
+            "Of a discriminator that learned from other captions. At 0 it cannot tell.", (0.0,),
+        ),
+        Panel(
             "adversarial", "Gradient penalties", {"r1": "R1, real", "r2": "R2, generated"},
             "How steep the discriminator is around sentences of either kind.",
         ),

@@ -306,4 +306,8 @@ def train_rounds(
             "first": first, "best": best, "best_weights": best_weights,
         })  # fmt: skip
     assign(trained, best_weights)
+    curves.events.append({
+        "stage": "adversarial", "step": config.adversarial_steps + number, "kind": "done",
+        "why": f"{number} rounds; the weights that the watch found best are kept",
+    })  # fmt: skip
     return {"before": first, "after": best}

@@ -64,7 +64,11 @@ def test_the_model_card_tells_of_the_adversarial_stage_where_it_ran() -> None:
     both = model_card({}, settings | {"adversarial_steps": 600, "backbone": "my models/a"}, "")
     for term in ("discriminator", "RLOO", "R1", "KL divergence", "moving average", "caption_score"):
         assert term in both and term not in alone
-    assert "\n\n\n" not in both + alone
+    rounds = model_card({}, settings | {"adversarial_steps": 0, "rounds": 2}, "")
+    for term in ("in rounds", "MaliGAN", "caption_score"):
+        assert term in rounds and (term == "caption_score" or term not in both + alone)
+    assert "RLOO" not in rounds
+    assert "\n\n\n" not in both + alone + rounds
     assert "    --backbone 'my models/a'" in both
 
 
