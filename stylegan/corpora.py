@@ -93,12 +93,19 @@ def is_misplaced(text: str, concepts: Concepts) -> bool:
     return bare and bool(words.clothes_words.search(normalise(text)))
 
 
-_ONE = re.compile(r"\b(this|that|a|an|another|every)( \w+(ing|ed|y|al|ic|e|d|k|t))?$")
+_ONE = re.compile(
+    r"\b(this|that|a|an|another|every)( \w+(ing|ed|y|al|ic|ful|ous|ive|sh|e|d|k|t))?$"
+)
 _MANY = re.compile(r"\b(these|those|many|few)( \w+)?$")
 _OTHER = re.compile(r"\b(of|on|in|with|for|at|to|and)\b")
 _ARTICLE = re.compile(
     r"\ba (?=[aeio]\w)(?!(one|once|eu)\w*\b)|\ba u[bglmnp](?!i[^mn])"
     r"|\ban (?![aeiou]|hour|hono|heir)"
+)
+# "these flats are lovely and has", "makes they feel"
+_MANY_HAS = re.compile(
+    r"\b(these|they|both)\b[^.!?]* (and|but|,) (has|is|was|looks|feels|fits|goes|comes|works)\b"
+    r"|\b(makes?|made|lets?|on|of|for|with) they\b"
 )
 _TWICE = re.compile(r"\b(\w{4,})( and| or| to)?( so| very| super)? \1\b")
 
@@ -110,7 +117,7 @@ def is_well_formed(text: str) -> bool:
     finds the commonest slips, no more; a pair of shoes is one, and so is what has a noun after it.
     """
     text = normalise(text)
-    if _TWICE.search(text) or _ARTICLE.search(text):
+    if any(slip.search(text) for slip in (_TWICE, _ARTICLE, _MANY_HAS)):
         return False
     for mention in lexicon().mentions(text):
         if not mention.types:

@@ -324,7 +324,7 @@ def begin_language(
     trained = AutoModel.from_pretrained(directory)
     config = copy.deepcopy(trained.config)
     config.vocab_size, config.is_decoder = tokenizer.get_vocab_size(), True
-    config.tie_word_embeddings = True
+    config.tie_word_embeddings, config._name_or_path = True, ""  # no path of this machine
     config.pad_token_id, config.bos_token_id, config.eos_token_id = PAD, BOS, EOS
     config.num_hidden_layers = min(layers or config.num_hidden_layers, config.num_hidden_layers)
     # of a table of positions only the first rows are ever read

@@ -126,6 +126,7 @@ def test_a_language_model_begins_with_a_pretrained_body(kind: str, tmp_path: Pat
     language = begin_language(tmp_path, ours, layers=2, dropout=0.3)
     assert language.config.num_hidden_layers == 2
     assert language.config.max_position_embeddings == POSITIONS
+    assert language.config.name_or_path == ""  # not where it was on this machine
     # what spells the same has the same embedding, and the layers are theirs
     words, given = language.get_input_embeddings().weight, language.base_model.state_dict()
     trained = (BertModel if kind == "encoder" else GPT2LMHeadModel).from_pretrained(tmp_path)

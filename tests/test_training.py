@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from pyarrow import fs
+from tiny_model import write_pretrained
 
 from jobs import train as job
 from stylegan import corpora, training
@@ -262,6 +263,26 @@ def test_a_teacher_says_more_than_a_sentence_does() -> None:
     assert loss.item() == pytest.approx(0.0, abs=1e-4)
     assert ends_with_a_point(learn(teacher, 1.0)) == pytest.approx(0.5, abs=0.1)
     assert ends_with_a_point(learn(teacher, 0.0)) > 0.9
+
+
+def test_a_trained_model_plays_rounds(trained: Path, inputs: Path, tmp_path: Path) -> None:
+    write_pretrained(tmp_path / "encoder", "encoder")
+    line = arguments(
+        inputs, tmp_path / "model", "--start", str(trained), "--likelihood-steps", "0",
+        "--adversarial-steps", "0", "--rounds", "2", "--round-captions", "400", "--round-steps",
+        "4", "--round-discriminator-steps", "4", "--discriminator", str(tmp_path / "encoder"),
+    )  # fmt: skip
+    assert run_job(line) == 0
+    told = json.loads((tmp_path / "model" / "metrics.json").read_text())
+    assert set(told["watched_while_training"]) == {"before", "after"}
+    curves = json.loads((tmp_path / "model" / "curves.json").read_text())
+    assert [row["step"] for row in curves["rows"] if row["stage"] == "round"] == [1, 2]
+    assert "MaliGAN" in (tmp_path / "model" / "README.md").read_text()
+    state = torch.load(tmp_path / "model" / "training" / "state.pt", weights_only=True)
+    assert (state["stage"], state["step"]) == ("rounds", 2)
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    assert run_job(line) == 0  # nothing is left to be done
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
 
 
 def test_what_begins_from_another_model_says_why_it_cannot(

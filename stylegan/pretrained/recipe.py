@@ -1,12 +1,11 @@
 """Makes the shipped model again: prepares its data, trains it, measures it, writes its card.
 
-    python -m stylegan.pretrained.recipe DATA ENCODER BUILD
+    python -m stylegan.pretrained.recipe DATA BUILD
 
-DATA holds the folders described in the model card (fashion, street, grocery, colloquial); ENCODER
-is the pretrained encoder that it names, a directory; BUILD gets `catalog.csv` (image, description,
-title, type, colour, gender, split) and `colloquial.csv` (text, tier, source), then `model/`. The
-drawn samples and the embedded corpus of this package are added to both. Run again after a stop, the
-training goes on from its last checkpoint.
+DATA holds the folders described in the model card (fashion, street, grocery, colloquial); BUILD
+gets `catalog.csv` (image, description, title, type, colour, gender, split) and `colloquial.csv`
+(text, tier, source), then `model/`. The drawn samples and the embedded corpus of this package are
+added to both. Run again after a stop, the training goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -58,16 +57,9 @@ STREET = {
 GROCERY = {"Satsumas": "satsuma", "Carrots": "carrot"}
 
 # the rest are the defaults of jobs.train
-TEACHER = [
-    "--preset", "small", "--workers", "0", "--backbone-epochs", "24", "--likelihood-steps", "1000",
-    "--likelihood-rate", "5e-4", "--dropout", "0.15", "--adversarial-steps", "0",
-    "--critic-captions", "0",
-]  # fmt: skip
 LIKELIHOOD = [
-    "--preset", "small", "--workers", "0", "--language-layers", "3", "--likelihood-steps", "1400",
-    "--likelihood-rate", "7e-4", "--dropout", "0.15", "--adversarial-steps", "0",
-    # its critic is for its best of 4, which are drawn like this
-    "--temperature", "1", "--max-surprise", "0", "--selectivity", "1",
+    "--preset", "small", "--workers", "0", "--backbone-epochs", "24", "--likelihood-steps", "2600",
+    "--dropout", "0.2",
 ]  # fmt: skip
 ADVERSARIAL = [
     "--preset", "small", "--workers", "0", "--likelihood-steps", "0", "--adversarial-steps", "200",
@@ -153,8 +145,8 @@ def sentences(data: Path) -> Iterator[dict[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path)
-    parser.add_argument("encoder", type=Path)
     parser.add_argument("build", type=Path)
+    parser.add_argument("--encoder", help="of the detectors, see jobs.evaluate")
     parser.add_argument("--ablations", action="store_true", help="measure them instead")
     arguments = parser.parse_args()
     data, build = arguments.data.resolve(), arguments.build
@@ -169,9 +161,8 @@ def main() -> None:
             writer.writerows(content)
     catalog_file, sentences_file = str(build / "catalog.csv"), str(build / "colloquial.csv")
     inputs = ["--catalog", catalog_file, "--colloquial", sentences_file]
-    encoder = str(arguments.encoder)
-    teacher, likelihood, model = (str(build / n) for n in ("teacher", "likelihood", "model"))
-    start = [*inputs, "--start", likelihood, "--discriminator", encoder, *ADVERSARIAL]
+    likelihood, model = str(build / "likelihood"), str(build / "model")
+    start = [*inputs, "--start", likelihood, *ADVERSARIAL]
 
     def run(job: str, *line: str) -> None:
         subprocess.run([sys.executable, "-m", job, *line], check=True)
@@ -186,15 +177,13 @@ def main() -> None:
             told[name] = verdict["after"]
         (build / "ablations.json").write_text(json.dumps(told, indent=2) + "\n")
         return
-    begin = [*inputs, "--language", encoder]
-    run("jobs.train", *begin, *TEACHER, "--output", teacher)
-    taught = ["--backbone", teacher, "--teacher", teacher]
-    run("jobs.train", *begin, *taught, *LIKELIHOOD, "--output", likelihood)
+    run("jobs.train", *inputs, *LIKELIHOOD, "--adversarial-steps", "0", "--output", likelihood)
     run("jobs.train", *start, "--output", model)
+    encoder = ["--encoder", arguments.encoder] if arguments.encoder else []
     run(
         "jobs.evaluate", "--catalog", catalog_file, "--training", sentences_file,
         "--likelihood", likelihood, "--model", model, "--only", "fashion/",
-        "--real", str(data / "colloquial" / "sentences.csv"), "--encoder", encoder,
+        "--real", str(data / "colloquial" / "sentences.csv"), *encoder,
         "--output", str(build / "evaluation"), "--card", str(Path(__file__).parent / "notes.md"),
     )  # fmt: skip
 
