@@ -265,11 +265,13 @@ def test_a_teacher_says_more_than_a_sentence_does() -> None:
     assert ends_with_a_point(learn(teacher, 0.0)) > 0.9
 
 
+@pytest.mark.slow
 def test_a_trained_model_plays_rounds(trained: Path, inputs: Path, tmp_path: Path) -> None:
+    """It mostly recites, which weighs nothing: so many captions are drawn."""
     write_pretrained(tmp_path / "encoder", "encoder")
     line = arguments(
         inputs, tmp_path / "model", "--start", str(trained), "--likelihood-steps", "0",
-        "--adversarial-steps", "0", "--rounds", "2", "--round-captions", "400", "--round-steps",
+        "--adversarial-steps", "0", "--rounds", "2", "--round-captions", "6000", "--round-steps",
         "4", "--round-discriminator-steps", "4", "--discriminator", str(tmp_path / "encoder"),
     )  # fmt: skip
     assert run_job(line) == 0
