@@ -145,10 +145,10 @@ def odds(
     return scores
 
 
-def weigh(log_odds_N: Tensor, group_N: Tensor, process: Process) -> Tensor:
+def weigh(log_odds_N: Tensor, group_N: Tensor, groups: int, process: Process) -> Tensor:
     """Weights [N] from log odds: their exponentials, bounded, with a mean of 1 in each group."""
     weights = log_odds_N.exp().clamp(max=HIGHEST_ODDS)
-    for group in range(int(group_N.max()) + 1):
+    for group in range(groups):
         mine = group_N == group
         # over all processes, which may have different captions of a group, or none
         total, count = (
@@ -251,7 +251,7 @@ def train_rounds(
             break
         random = np.random.default_rng(seed)
         log_odds = odds(begin, real, fake, config, process, random)
-        weights = weigh(log_odds, fake.group, process)
+        weights = weigh(log_odds, fake.group, 2 * len(generator.config.styles), process)
         optimiser = torch.optim.AdamW(
             trained, lr=config.adversarial_rate, betas=(0.9, 0.98), weight_decay=0.0
         )

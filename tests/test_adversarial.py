@@ -184,7 +184,7 @@ def test_rounds_teach_the_voice_and_go_on_where_they_were(likelihood_model: Netw
 def test_weights_are_odds_bounded_and_of_mean_one_in_each_group() -> None:
     log_odds = torch.tensor([0.0, math.log(3), 9.0, -9.0, -9.0, -8.0])
     group = torch.tensor([0, 0, 0, 0, 1, 1])
-    weights = weigh(log_odds, group, Process())
+    weights = weigh(log_odds, group, 3, Process())  # of the third there is none
     mean = (1 + 3 + 5 + math.exp(-9)) / 4
     torch.testing.assert_close(weights[:3], torch.tensor([1.0, 3.0, 5.0]) / mean)
     assert weights[4:].mean().item() == pytest.approx(1.0)
