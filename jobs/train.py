@@ -458,13 +458,13 @@ def fit(
         resume = None
     if config.rounds > 0:
         reference = copy.deepcopy(generator)  # what discriminators of every round begin with
-        after = train_rounds(
+        rounds = train_rounds(
             generator, lambda: begin_discriminator(config, reference).to(process.device), tokenizer,
             pairs, data.dev, features, rules, config, process=process, curves=curves,
             resume=resume, save=checkpoint, log=log,
         )  # fmt: skip
-        verdict = (verdict or {}) | {"after": after["after"]}
-        verdict.setdefault("before", after["before"])
+        before = (verdict or rounds)["before"]  # of the game, too, what rounds also measure
+        verdict = rounds | {"before": {name: before[name] for name in rounds["before"]}}
     if config.critic_captions > 0 and process.rank == 0:
         log(f"critic  learns from {config.critic_captions:,} captions of each style")
         captioner.critic = train_critic(

@@ -200,7 +200,8 @@ def train_rounds(
     generator.eval()
     trained = [p for p in generator.parameters() if p.requires_grad]
     styles = [style for style in pairs.plain if pairs.plain[style]]
-    reader = begin().reader or tokenizer
+    judge = begin()
+    reader = judge.reader or tokenizer
     human, voice = people_of(pairs, held_out, styles)
     real = {
         # what finds fault is never delivered, so it is no example either
@@ -213,7 +214,6 @@ def train_rounds(
         human, pairs, tokenizer, rules, features, config.watched, config.seed, styles, reader
     )
     shown = show_products(pairs, styles, config.seed, curves)
-    judge = begin()
     first: dict[str, float] = {}
     best: dict[str, float] = {}
     best_weights, number = [p.detach().clone() for p in trained], 0
