@@ -18,7 +18,9 @@ The catalogue is a CSV or Parquet table: `image` (a path relative to it, or a UR
 (formal), and where there are any `title` (other formal texts to start from), `type`, `colour`,
 `gender` (attributes for the backbone; else found in the description) and `split` (`val` rows are
 only measured on). Sentences are a text file, one a line, or a table with a `text` column. `samples`
-stands for the drawn sample catalogue, `embedded` for the project's own colloquial corpus.
+stands for the drawn sample catalogue, `embedded` for the project's own colloquial corpus. Rows of a
+sentence table with a `description` are examples of what to say of such a product, as jobs.distil
+writes them: they are learned from, and are no people's.
 """
 
 from __future__ import annotations
@@ -64,6 +66,7 @@ from stylegan.losses import LOSSES
 from stylegan.rounds import train_rounds
 from stylegan.rules import Rules
 from stylegan.samples import write_samples
+from stylegan.teacher import Proofreader
 from stylegan.training import (
     Curves,
     NonFiniteLoss,
@@ -103,11 +106,42 @@ class Data:
     num_train: int
     labels: dict[str, torch.Tensor]
     products: list[corpora.Product]
+    voice: Voice
+    unreadable: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Voice:
+    """All sentences. By style: sentences of people, support, dev (left out of all training), and
+    written: examples with what they were written for. background: sentences of no style."""
+
     sentences: dict[str, list[str]]
     support: dict[str, list[str]]
+    written: dict[str, list[corpora.Example]]
     background: list[str]
-    dev: dict[str, list[str]]
-    unreadable: int
+    dev: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+    def pairs(self, products: list[corpora.Product], written_share: float) -> corpora.PseudoPairs:
+        """What conditional examples are drawn from; products: those that are trained with."""
+        random = np.random.default_rng(0)
+        sold: dict[str, list[int]] = {}
+        for product in products:
+            for text in (product.description, *product.titles):
+                sold.setdefault(text, []).append(product.image)
+
+        def seen(example: corpora.Example) -> corpora.Example:
+            images = sold.get(example.description, [])
+            if not images or random.random() >= 0.85:  # as often as in PseudoPairs.condition
+                return example
+            return dataclasses.replace(example, image=images[random.integers(len(images))])
+
+        written = {style: [seen(row) for row in rows] for style, rows in self.written.items()}
+        return corpora.PseudoPairs(products, self.sentences, self.support, written, written_share)
+
+    def rules(self) -> Rules:
+        """The rules that captions obey."""
+        voices = (*self.sentences.values(), *self.support.values())
+        return Rules.of(text for texts in voices for text in texts)
 
 
 def read_table(uri: str) -> list[dict[str, str]]:
@@ -139,17 +173,16 @@ def read_table(uri: str) -> list[dict[str, str]]:
     ]
 
 
-def read_sentences(
-    specs: list[str],
-) -> tuple[dict[str, list[str]], dict[str, list[str]], list[str]]:
-    """[STYLE=]URI … → the voice by style, its support by style, and background text.
+def read_sentences(specs: list[str]) -> Voice:
+    """[STYLE=]URI … → all sentences, none left out yet.
 
     A table may have a `tier` column: rows of tier `caption` are the voice, which the discriminator
     takes for real; rows of tier `support` are in the style and teach what the voice is silent of;
-    the others only teach the language.
+    the others only teach the language. Rows with a `description` are written examples.
     """
     sentences: dict[str, list[str]] = {}
     support: dict[str, list[str]] = {}
+    written: dict[str, list[corpora.Example]] = {}
     background: list[str] = []
     for spec in specs:
         style, _, uri = spec.rpartition("=") if "=" in spec.split("/")[0] else ("", "", spec)
@@ -162,6 +195,12 @@ def read_sentences(
             raise InputError(
                 f"--colloquial {spec}: no column 'text' among {', '.join(rows[0])}; name it so"
             )
+        written.setdefault(style, []).extend(
+            corpora.Example(corpora.normalise(row["text"]), style, row["description"])
+            for row in rows
+            if row.get("description")
+        )
+        rows = [row for row in rows if not row.get("description")]
         for tier, kept in (("caption", sentences), ("support", support)):
             texts = [row["text"] for row in rows if row.get("tier", "caption") == tier]
             kept.setdefault(style, []).extend(texts)
@@ -169,13 +208,11 @@ def read_sentences(
             text = corpora.normalise(row["text"])
             if row.get("tier") != "phrase" and 3 <= len(text.split()) <= 24:
                 background.append(text)
-    return sentences, support, background
+    return Voice(sentences, support, written, background)
 
 
-def read_catalog(uri: str, image_size: int, cache: Path) -> Data:
-    """The catalogue's rows and decoded images; images that cannot be decoded are left out."""
-    if uri == SAMPLES:
-        uri = str(write_samples(cache / "samples", count=1200, seed=1))
+def read_rows(uri: str) -> list[dict[str, str]]:
+    """The catalogue's rows, held-out ones last."""
     rows = read_table(uri)
     if not rows:
         raise InputError(f"--catalog {uri} has no rows")
@@ -184,6 +221,23 @@ def read_catalog(uri: str, image_size: int, cache: Path) -> Data:
             raise InputError(
                 f"--catalog {uri}: no column {column!r} among {', '.join(rows[0])}; rename yours"
             )
+    rows.sort(key=lambda row: row.get("split") == "val")  # stable
+    return rows
+
+
+def products_of(rows: list[dict[str, str]]) -> list[corpora.Product]:
+    """What the catalogue says of each row."""
+    return [
+        corpora.Product(index, row["description"], (row["title"],) if row.get("title") else ())
+        for index, row in enumerate(rows)
+    ]
+
+
+def read_catalog(uri: str, image_size: int, cache: Path, voice: Voice) -> Data:
+    """The catalogue's rows and decoded images; images that cannot be decoded are left out."""
+    if uri == SAMPLES:
+        uri = str(write_samples(cache / "samples", count=1200, seed=1))
+    rows = read_rows(uri)
     base = uri.rsplit("/", 1)[0] if "/" in uri else "."
 
     def load(row: dict[str, str]) -> np.ndarray | None:
@@ -196,7 +250,6 @@ def read_catalog(uri: str, image_size: int, cache: Path) -> Data:
         except OSError:
             return None
 
-    rows.sort(key=lambda row: row.get("split") == "val")  # stable: held-out rows last
     digest = hashlib.sha256(json.dumps([rows, image_size]).encode()).hexdigest()[:16]
     stored = cache / f"pixels-{digest}.npz"
     if stored.exists():
@@ -219,11 +272,7 @@ def read_catalog(uri: str, image_size: int, cache: Path) -> Data:
     unreadable = len(rows) - len(kept)
     rows = [rows[i] for i in kept]
     num_train = sum(row.get("split") != "val" for row in rows)
-    products = [
-        corpora.Product(index, row["description"], (row["title"],) if row.get("title") else ())
-        for index, row in enumerate(rows)
-    ]
-    return Data(pixels, num_train, attribute_labels(rows), products, {}, {}, [], {}, unreadable)
+    return Data(pixels, num_train, attribute_labels(rows), products_of(rows), voice, unreadable)
 
 
 def attribute_labels(rows: list[dict[str, str]]) -> dict[str, torch.Tensor]:
@@ -250,9 +299,14 @@ def attribute_labels(rows: list[dict[str, str]]) -> dict[str, torch.Tensor]:
 
 def prepare(arguments: argparse.Namespace, cache: Path) -> Data:
     """All training data, checked."""
-    sentences, support, background = read_sentences(arguments.colloquial)
-    size = PRESETS[arguments.preset]["image_size"]
-    data = read_catalog(arguments.catalog, size, cache)
+    voice = read_voice(arguments.colloquial)
+    return read_catalog(arguments.catalog, PRESETS[arguments.preset]["image_size"], cache, voice)
+
+
+def read_voice(specs: list[str]) -> Voice:
+    """All sentences, checked, and some of people's left out. Raises InputError."""
+    voice = read_sentences(specs)
+    sentences, support = voice.sentences, voice.support
     dev: dict[str, list[str]] = {}
     for style, texts in sentences.items():
         usable = sum(map(corpora.is_sayable, texts))
@@ -276,25 +330,23 @@ def prepare(arguments: argparse.Namespace, cache: Path) -> Data:
         sentences[style] = [text for text, n in zip(texts, numbers, strict=True) if n not in chosen]
         support[style] = [t for t in support[style] if corpora.sentence_hash(t) not in chosen]
     hidden = {corpora.normalise(t) for texts in dev.values() for t in texts}
-    background = [text for text in background if text not in hidden]
-    return dataclasses.replace(
-        data, sentences=sentences, support=support, background=background, dev=dev
-    )
+    background = [text for text in voice.background if text not in hidden]
+    return dataclasses.replace(voice, background=background, dev=dev)
 
 
 def build(config: TrainingConfig, data: Data) -> tuple[Generator, Tokenizer]:
     """A generator with random weights, and its tokeniser."""
     formal = [text for p in data.products[: data.num_train] for text in (p.description, *p.titles)]
-    voice = (*data.sentences.values(), *data.support.values())
+    voice = (*data.voice.sentences.values(), *data.voice.support.values())
     sentences = [corpora.normalise(text) for texts in voice for text in texts]
     # sentences twice: the budget of the vocabulary belongs to what is written, not to brand names
     tokenizer = corpora.train_tokenizer(
-        [*sentences, *sentences, *data.background, *formal],
+        [*sentences, *sentences, *data.voice.background, *formal],
         PRESETS[config.preset]["vocab_size"],
     )
     torch.manual_seed(config.seed)
     model_config = GeneratorConfig.preset(
-        config.preset, tokenizer.get_vocab_size(), ["formal", *data.sentences], config.dropout
+        config.preset, tokenizer.get_vocab_size(), ["formal", *data.voice.sentences], config.dropout
     )
     if not config.language:
         return Generator(model_config), tokenizer
@@ -339,7 +391,7 @@ def begin(config: TrainingConfig, data: Data) -> tuple[Generator, Tokenizer, Cur
     stages = ("backbone", "likelihood") if config.start else ("backbone",)
     curves = Curves([row for row in told["rows"] if row["stage"].split()[0] in stages])
     if config.start:
-        missing = [style for style in data.sentences if style not in trained.config.styles]
+        missing = [style for style in data.voice.sentences if style not in trained.config.styles]
         if missing:
             raise InputError(
                 f"{start} does not know style {missing[0]!r}, it knows "
@@ -374,28 +426,20 @@ def begin_discriminator(config: TrainingConfig, generator: Generator) -> Discrim
         ) from error
 
 
-def begin_teacher(
-    config: TrainingConfig, generator: Generator, tokenizer: Tokenizer
-) -> Generator | None:
-    """The model that --teacher names, None without one."""
-    if not config.teacher:
+def begin_proofreader(
+    config: TrainingConfig, pairs: corpora.PseudoPairs, process: Process
+) -> Proofreader | None:
+    """What --proofreader names, None without one."""
+    if not config.proofreader:
         return None
-    with open_model(None if config.teacher == "shipped" else config.teacher) as directory:
-        teacher = Generator.from_pretrained(directory, dtype=torch.float32)
-        other = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    if other.get_vocab() != tokenizer.get_vocab():
+    people = [text for style in pairs.plain for text in (pairs.people[style] or pairs.plain[style])]
+    try:
+        return Proofreader(Path(config.proofreader), people, process.device)
+    except (OSError, ValueError) as error:
         raise InputError(
-            f"--teacher {config.teacher} has other tokens than the model that is to learn from it: "
-            "train it with the same --catalog, --colloquial and --preset"
-        )
-    own, theirs = generator.state_dict(), teacher.state_dict()
-    if not all(torch.equal(own[k].half(), theirs[k].half()) for k in own if k[:7] == "vision."):
-        raise InputError(
-            f"--teacher {config.teacher} sees with another backbone: give both the same --backbone"
-        )
-    teacher.requires_grad_(False)
-    teacher.eval()
-    return teacher
+            f"--proofreader {config.proofreader}: {str(error).splitlines()[0]}; give a directory "
+            "with the config.json, weights and tokenizer.json of a causal language model"
+        ) from error
 
 
 def fit(
@@ -411,10 +455,7 @@ def fit(
     nn.Module.to(generator, process.device)
     generator.vision = generator.vision.to(memory_format=torch.channels_last)
     products = data.products[: data.num_train]
-    pairs = corpora.PseudoPairs(products, data.sentences, data.support)
-    rules = Rules.of(
-        text for texts in (*data.sentences.values(), *data.support.values()) for text in texts
-    )
+    pairs, rules = data.voice.pairs(products, config.written_share), data.voice.rules()
 
     def checkpoint(state: dict[str, Any]) -> None:
         # one dictionary for all that must survive
@@ -434,12 +475,10 @@ def fit(
     features = image_features(generator, data.pixels[train], process)
     if stage == "likelihood":
         if config.likelihood_steps > 0:
-            teacher = begin_teacher(config, generator, tokenizer)
             train_likelihood(
-                generator, tokenizer, pairs, data.background, features,
-                held_out_examples(products, data, config.seed), config, process=process,
-                curves=curves, teacher=teacher and nn.Module.to(teacher, process.device),
-                resume=resume, save=checkpoint, log=log,
+                generator, tokenizer, pairs, data.voice.background, features,
+                held_out_examples(products, data.voice.dev, config.seed), config, process=process,
+                curves=curves, resume=resume, save=checkpoint, log=log,
             )  # fmt: skip
         stage, resume = "adversarial", None
     captioner = Captioner(
@@ -452,7 +491,7 @@ def fit(
     if config.adversarial_steps > 0 and stage != "rounds":
         verdict = train_adversarial(
             generator, begin_discriminator(config, generator).to(process.device), tokenizer, pairs,
-            data.dev, features, rules, config, process=process, curves=curves, resume=resume,
+            data.voice.dev, features, rules, config, process=process, curves=curves, resume=resume,
             save=checkpoint, log=log,
         )  # fmt: skip
         resume = None
@@ -460,15 +499,16 @@ def fit(
         reference = copy.deepcopy(generator)  # what discriminators of every round begin with
         rounds = train_rounds(
             generator, lambda: begin_discriminator(config, reference).to(process.device), tokenizer,
-            pairs, data.dev, features, rules, config, process=process, curves=curves,
-            resume=resume, save=checkpoint, log=log,
+            pairs, data.voice.dev, features, rules, config, process=process, curves=curves,
+            proofreader=begin_proofreader(config, pairs, process), resume=resume, save=checkpoint,
+            log=log,
         )  # fmt: skip
         before = (verdict or rounds)["before"]  # of the game, too, what rounds also measure
         verdict = rounds | {"before": {name: before[name] for name in rounds["before"]}}
     if config.critic_captions > 0 and process.rank == 0:
         log(f"critic  learns from {config.critic_captions:,} captions of each style")
         captioner.critic = train_critic(
-            captioner, pairs, data.dev, features, config.critic_captions, config.seed
+            captioner, pairs, data.voice.dev, features, config.critic_captions, config.seed
         )
     return Trained(captioner, curves, verdict)
 
@@ -480,16 +520,16 @@ def delivered(arguments: argparse.Namespace) -> Decoding:
 
 
 def held_out_examples(
-    products: list[corpora.Product], data: Data, seed: int
+    products: list[corpora.Product], dev: dict[str, list[str]], seed: int
 ) -> list[corpora.Example]:
     """The sentences that were left out, with products that they can be said of."""
     random = np.random.default_rng(seed)
-    pairs = corpora.PseudoPairs(products, data.dev)
+    pairs = corpora.PseudoPairs(products, dev)
     return [
         pairs.paired_example(style, random)
-        for style in data.dev
+        for style in dev
         for _ in range(2 * len(pairs.paired[style]))
-    ] or [corpora.Example(corpora.normalise(t), s) for s, texts in data.dev.items() for t in texts]
+    ] or [corpora.Example(corpora.normalise(t), s) for s, texts in dev.items() for t in texts]
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -866,7 +906,7 @@ def main() -> int:
         )  # fmt: skip
         return 2
     # workers may run in another directory
-    for name in ("start", "backbone", "language", "teacher", "discriminator"):
+    for name in ("start", "backbone", "language", "discriminator", "proofreader"):
         uri = getattr(arguments, name)
         if uri and "://" not in uri and uri != "shipped":
             setattr(arguments, name, str(Path(uri).resolve()))

@@ -251,7 +251,8 @@ class Watch:
         self.hidden = {style: hidden_ids(texts, self.reader) for style, texts in human.items()}
         self.styles, self.seed = list(styles), seed
         self.conditions = {
-            style: [pairs.condition(style, random) for _ in range(count)] for style in human
+            style: [pairs.condition(style, random, is_any=False) for _ in range(count)]
+            for style in human
         }
 
     def measure(
@@ -347,13 +348,18 @@ def trouble(
 def voices(
     pairs: PseudoPairs, held_out: Mapping[str, Sequence[str]], style: str
 ) -> tuple[list[str], list[str]]:
-    """What is real of a style: sentences that name a product, if there are enough, and those of
-    them that nothing has learned from."""
-    voice = [pair.text for pair in pairs.paired[style]]
-    watched = [t for t in map(corpora.normalise, held_out[style]) if corpora.is_sayable(t)]
+    """What is real of a style: sentences that name a product, if there are enough, and such that
+    nothing has learned from.
+
+    They need not be what a shop could print: captions have to be, and are measured against people
+    all the same. Only what finds fault is no example, for it is never delivered.
+    """
+    voice = [text for text in pairs.people[style] if not corpora.finds_fault(text)]
+    left_out = [corpora.normalise(text) for text in held_out[style]]
     if len(voice) < LEAST_NAMED:
-        return pairs.plain[style], watched
-    return voice, [text for text in watched if pairs.pair(text)] or watched
+        return pairs.plain[style], [text for text in left_out if corpora.is_sayable(text)]
+    watched = [text for text in left_out if corpora.speaks_of_products(text)]
+    return voice, watched or left_out
 
 
 def people_of(

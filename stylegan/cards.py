@@ -241,11 +241,20 @@ caption is true of its image.
 """
 
 
+_PROOFREADER = """\
+A pretrained language model proofreads: captions that it finds odder than three in four of people's
+sentences of about their length have no weight.
+
+"""
+
+
 def _adversarial_method(config: Mapping[str, Any]) -> str:
     """A paragraph for each part and what follows it; nothing where the stage did not run."""
-    rounds = bool(config.get("rounds"))
+    rounds = _ROUNDS * bool(config.get("rounds"))
+    if config.get("proofreader"):
+        rounds += _PROOFREADER * bool(rounds)
     if not config.get("adversarial_steps"):
-        return (_ROUNDS + _CRITIC) * rounds
+        return (rounds + _CRITIC) * bool(rounds)
     game = {
         "relativistic": "that a real sentence should score higher than a generated one",
         "minimax": "to tell the two apart",
@@ -269,7 +278,7 @@ keep it near what it knew. Delivered is the exponential moving average of its we
 snapshot that did best by its faults and by a detector that
 learns anew at each measure. `training.html` tells the story step by step.
 
-{_ROUNDS * rounds}{_CRITIC}"""
+{rounds}{_CRITIC}"""
 
 
 def _flags(config: Mapping[str, Any]) -> Iterator[str]:

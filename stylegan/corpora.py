@@ -67,6 +67,11 @@ def is_first_person(text: str) -> bool:
     return bool(_FIRST_PERSON.search(text.lower()))
 
 
+def speaks_of_products(text: str) -> bool:
+    """Whether a normalised sentence names a product, and does not speak of its speaker."""
+    return not _FIRST_PERSON.search(text) and names_kind(text)
+
+
 def is_sayable(text: str) -> bool:
     """Whether a shop could print the sentence under a picture.
 
@@ -313,7 +318,9 @@ class Lexicon:
         for mention, aside in zip(mentions, self.asides(caption, mentions), strict=True):
             allowed = False
             if mention.types:
-                named = named or bool(mention.types & concepts.head)
+                # "great with boots", of boots, is said of something else
+                if aside not in ("beside", "over"):
+                    named = named or bool(mention.types & concepts.head)
                 allowed = bool(mention.types & concepts.types)
                 allowed = allowed or (named and aside in ("beside", "over"))
             if mention.colours:
@@ -501,6 +508,9 @@ class PseudoPairs:
 
     products: the training catalogue. sentences: style → sentences, of which those are taken that a
     shop could print. support: more of them, of a style, about products that the voice is silent of.
+    written: examples of a style that are no people's, with what they were written for; so large a
+    share of the examples they are. people: of each style, what is in the first person left out, all
+    sentences that name a product, whether a shop could print them or not.
 
     A sentence can be said of the kinds that it names, and its praise of others ("this dress is
     gorgeous" of a watch). Which it is said of is drawn so that every sentence is drawn equally
@@ -511,9 +521,14 @@ class PseudoPairs:
     def __init__(
         self, products: Sequence[Product], sentences: dict[str, list[str]],
         support: dict[str, list[str]] | None = None,
+        written: Mapping[str, Sequence[Example]] | None = None, written_share: float = 0.0,
     ) -> None:  # fmt: skip
         self.products = products
         self.concepts = [lexicon().concepts(product.description) for product in products]
+        self.written = {style: list(rows) for style, rows in (written or {}).items() if rows}
+        self.written_share = written_share
+        self._worth: dict[str, npt.NDArray[np.float64]] = {}
+        self.people: dict[str, list[str]] = {}
         by_kind: dict[str, list[int]] = defaultdict(list)
         for index, concepts in enumerate(self.concepts):
             for kind in concepts.head:
@@ -526,7 +541,9 @@ class PseudoPairs:
         self._spoken: dict[str, tuple[list[str], npt.NDArray[np.float64]]] = {}
         self._silent: dict[str, tuple[float, list[_Pair]]] = {}
         for style, texts in sentences.items():
-            usable = [text for text in map(normalise, texts) if is_sayable(text)]
+            normalised = [normalise(text) for text in texts]
+            usable = [text for text in normalised if is_sayable(text)]
+            self.people[style] = [text for text in normalised if speaks_of_products(text)]
             more = [normalise(t) for t in (support or {}).get(style, []) if is_sayable(t)]
             self.plain[style] = usable
             self.paired[style] = [pair for pair in map(self.pair, usable) if pair is not None]
@@ -590,19 +607,36 @@ class PseudoPairs:
             and (from_many or many if words.is_many(kind) else not from_many)
         )
 
-    def paired_example(self, style: str, random: np.random.Generator) -> Example:
-        """A sentence, the description of a product with its concepts, perhaps the photograph."""
-        pairs, (silent, unspoken) = self.paired[style], self._silent[style]
+    def paired_example(
+        self, style: str, random: np.random.Generator, silent: float | None = None
+    ) -> Example:
+        """A sentence, the description of a product with its concepts, perhaps the photograph.
+
+        silent: share of examples about kinds that the voice is silent of, all else people's; None:
+        as frequent as those kinds are, and some support beside.
+        """
+        if style in self.written and silent is None:
+            if random.random() < self.written_share:
+                worth, rows = self._worth.get(style), self.written[style]
+                if worth is None:
+                    return rows[random.integers(len(rows))]
+                return rows[int(np.searchsorted(worth, random.random() * worth[-1], side="right"))]
+            # a teacher writes about what the voice is silent of, and less is told from it by that
+            silent = 0.0
+        pairs, (share, unspoken) = self.paired[style], self._silent[style]
+        supported = self.supported[style]
+        often = SUPPORT_SHARE if silent is None else 0.0
+        share = share if silent is None else silent
         chance = random.random()
-        if unspoken and chance < silent:
+        if unspoken and chance < share:
             pairs = unspoken
-        elif self.supported[style] and (not pairs or chance < silent + SUPPORT_SHARE):
-            pairs = self.supported[style]
+        elif supported and (not pairs or chance < share * bool(unspoken) + often):
+            pairs = supported
         pair = pairs[random.integers(len(pairs))]
         if pairs is self.paired[style]:
             kinds = sorted(pair.targets)
-            share = self._chances[style][pair.targets]
-            kind = kinds[int(np.searchsorted(share, random.random(), side="right"))]
+            chances = self._chances[style][pair.targets]
+            kind = kinds[int(np.searchsorted(chances, random.random(), side="right"))]
             text = pair.text if kind in pair.kinds else _said_of(pair, kind)
         else:
             text, kind = pair.text, pair.kinds[random.integers(len(pair.kinds))]
@@ -627,16 +661,25 @@ class PseudoPairs:
         words = sorted({m.form for m in mentions if m.colours and not m.types & said.types})
         return Example(text, style, formal_description(kind, " ".join(words), ""))
 
-    def condition(self, style: str, random: np.random.Generator) -> tuple[Example, Concepts]:
+    def weigh(self, style: str, weights: npt.ArrayLike) -> None:
+        """How often each of the written examples of a style is drawn, compared with the others."""
+        self._worth[style] = np.cumsum(np.asarray(weights, float))
+
+    def condition(
+        self, style: str, random: np.random.Generator, is_any: bool | None = None
+    ) -> tuple[Example, Concepts]:
         """A product to write about, without a text, and what a caption may say of it.
 
-        Of a kind that the voice can speak of, as frequent as in the catalogue. There always is a
+        is_any: of any kind, else of one that the voice can speak of, as frequent as in the
+        catalogue; None: of any where there are written examples of the style. There always is a
         description, as a captioner first describes an image that has none; the image is given 17
         times in 20.
         """
         kinds, shares = self._spoken[style]
         members = self.by_kind[kinds[random.choice(len(kinds), p=shares)]]
         index = members[random.integers(len(members))]
+        if is_any or (is_any is None and style in self.written):
+            index = int(random.integers(len(self.products)))
         product, concepts = self.products[index], self.concepts[index]
         formal = (product.description, *product.titles)
         description = formal[random.integers(len(formal))]

@@ -1,14 +1,16 @@
 """The game in rounds: the discriminator learns to its end, then the generator does.
 
     round   sample → two discriminators, each scores the captions that the other learned from →
-            odds → likelihood of the captions, weighted by their odds → mean weights → measure
+            odds → likelihood of captions drawn by their odds → mean weights → measure
 
 The policy gradient of `adversarial.py` follows a score that moves with every step, by what a step's
 few captions earn. Here thousands of captions are drawn at once. A caption's weight is how much
 likelier people are to write it than the generator is, as a discriminator says that has settled and
 has not seen it: maximum likelihood on weighted captions of its own takes the generator to people's
 distribution (MaliGAN: Che et al., 2017). What breaks the rules weighs nothing, for it is not
-delivered.
+delivered, nor what a proofreader finds odd, if there is one. Where there are captions that a
+teacher has written (`teacher.py`), the first round is played with those: it writes better, and its
+weighted captions stay beside the generator's own.
 
 Shapes: N captions of this process, T tokens.
 """
@@ -23,7 +25,6 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from stylegan import corpora
 from stylegan.adversarial import (
@@ -37,26 +38,27 @@ from stylegan.adversarial import (
     show_products,
     write_captions,
 )
-from stylegan.corpora import Example, PseudoPairs
+from stylegan.corpora import Concepts, Example, PseudoPairs
 from stylegan.discriminator import Discriminator, hidden_ids
-from stylegan.generator import PAD, Generator
+from stylegan.generator import Generator
 from stylegan.rules import Rules
+from stylegan.teacher import Proofreader
 from stylegan.training import (
     Curves,
     Process,
-    TextBatch,
     TrainingConfig,
     assign,
+    caption_loss,
     draw_examples,
     encode_batch,
     warmup_cosine,
 )
 
-DRAWN = 64  # captions of one pass
+DRAWN, DRAWN_GPU = 64, 512  # captions of one pass
 PAIRS = 32  # sentences of people, and captions, of a discriminator's step
 LEARNED = 64  # captions of a generator's step
-ANCHORED = 24  # pseudo-pairs beside them
-HIGHEST_ODDS = 5.0  # the weight of a caption, at the most: few would decide all
+ANCHORED = 48  # pseudo-pairs beside them
+HIGHEST_ODDS = 8.0  # the weight of a caption, at the most: few would decide all
 DECAY = 0.98  # of the mean weights
 
 
@@ -75,33 +77,59 @@ class Drawn:
 def draw(
     generator: Generator, tokenizer: Tokenizer, reader: Tokenizer, rules: Rules,
     pairs: PseudoPairs, styles: Sequence[str], features: Tensor, count: int, seed: Sequence[int],
-    device: str,
+    device: str, proofreader: Proofreader | None = None,
 ) -> Drawn:  # fmt: skip
-    """So many captions at temperature 1, of all styles alike; those that obey the rules."""
+    """So many captions at temperature 1, of all styles alike; those that obey the rules, and that
+    the proofreader passes."""
     random = np.random.default_rng(seed)
     stream = torch.Generator().manual_seed(int(random.integers(2**62)))
-    words, names = corpora.lexicon(), generator.config.styles
+    size = DRAWN if device == "cpu" else DRAWN_GPU
     examples: list[Example] = []
+    concepts: list[Concepts] = []
     hidden: list[list[int]] = []
-    numbers: list[int] = []
-    groups: list[int] = []
-    for start in range(0, count, DRAWN):
+    for start in range(0, count, size):
         conditions = [
             pairs.condition(styles[(start + i) % len(styles)], random)
-            for i in range(min(DRAWN, count - start))
+            for i in range(min(size, count - start))
         ]
         written, _, _ = write_captions(
             generator, tokenizer, rules, conditions, features, 1, stream, device, reader
         )
-        for row, (example, concepts) in enumerate(conditions):
-            if written.faults[row]:
-                continue
-            examples.append(replace(example, text=written.texts[row]))
-            hidden.append(written.hidden[row])
-            number = names.index(example.style)
-            numbers.append(number)
-            groups.append(2 * number + any(words.is_many(kind) for kind in concepts.head))
-    return Drawn(examples, hidden, torch.tensor(numbers), torch.tensor(groups))
+        passed = proofreader.passes(written.texts) if proofreader else [True] * len(conditions)
+        for row, (example, said) in enumerate(conditions):
+            if passed[row] and not written.faults[row]:
+                examples.append(replace(example, text=written.texts[row]))
+                concepts.append(said)
+                hidden.append(written.hidden[row])
+    return drawn_of(examples, concepts, hidden, generator.config.styles)
+
+
+def drawn_of(
+    examples: list[Example], concepts: Sequence[Concepts], hidden: list[list[int]],
+    names: Sequence[str],
+) -> Drawn:  # fmt: skip
+    """Captions with the numbers of their styles and groups. names: of the generator's styles."""
+    is_many = corpora.lexicon().is_many
+    numbers = torch.tensor([names.index(example.style) for example in examples])
+    many = torch.tensor([any(map(is_many, said.head)) for said in concepts], dtype=torch.long)
+    return Drawn(examples, hidden, numbers, 2 * numbers + many)
+
+
+def keep_written(
+    pairs: PseudoPairs, reader: Tokenizer, rules: Rules, names: Sequence[str], process: Process
+) -> Drawn:
+    """Those written examples that obey the rules, of them this process's part; drops the others."""
+    concepts_of = corpora.lexicon().concepts
+    for style, rows in list(pairs.written.items()):
+        own = [rows[i] for i in process.share(range(len(rows)))]
+        # what a description leaves open, the product may be: the teacher was told no more
+        own = [x for x in own if not rules.faults(x.text, True, concepts_of(x.description))]
+        pairs.written[style] = own
+        if not own:
+            del pairs.written[style]
+    examples = [example for rows in pairs.written.values() for example in rows]
+    concepts = [concepts_of(example.description) for example in examples]
+    return drawn_of(examples, concepts, hidden_ids([x.text for x in examples], reader), names)
 
 
 def fit_discriminator(
@@ -138,8 +166,8 @@ def odds(
         unseen = [i for i in range(len(fake.hidden)) if i % 2 == fold]
         discriminator = begin()
         fit_discriminator(discriminator, real, fake, seen, config, process, random)
-        for start in range(0, len(unseen), 2 * DRAWN):
-            rows = unseen[start : start + 2 * DRAWN]
+        for start in range(0, len(unseen), DRAWN_GPU):
+            rows = unseen[start : start + DRAWN_GPU]
             some = [fake.hidden[i] for i in rows]
             scores[rows] = score(discriminator, some, fake.style[rows], process.device).cpu()
     return scores
@@ -158,21 +186,6 @@ def weigh(log_odds_N: Tensor, group_N: Tensor, groups: int, process: Process) ->
     return weights
 
 
-def weighted_loss(
-    generator: Generator, batch: TextBatch, weights_B: Tensor, noise_BZ: Tensor, process: Process
-) -> Tensor:
-    """Mean over tokens of the negative log-likelihood, in nats, each caption with its weight."""
-    batch = batch.to(process.device)
-    with process.autocast():
-        prefix = generator.prefix(*batch.conditions(), noise_BZ.to(process.device))
-        logits = generator(*prefix, batch.caption_BT)
-    nats_BT = F.cross_entropy(
-        logits.float().transpose(1, 2), batch.caption_BT, ignore_index=PAD, reduction="none"
-    )
-    nats = (nats_BT.sum(1) * weights_B.to(process.device)).sum()
-    return nats / (batch.caption_BT != PAD).sum()
-
-
 def train_rounds(
     generator: Generator,
     begin: Callable[[], Discriminator],
@@ -185,6 +198,7 @@ def train_rounds(
     *,
     process: Process,
     curves: Curves,
+    proofreader: Proofreader | None = None,
     resume: dict[str, Any] | None = None,
     save: Callable[[dict[str, Any]], None] = lambda state: None,
     log: Callable[[str], None] = print,
@@ -192,6 +206,7 @@ def train_rounds(
     """Trains the generator, in place, for config.rounds rounds.
 
     begin: a new discriminator, the same each time. held_out, features: as for `train_adversarial`.
+    proofreader: what it does not pass has no weight.
     Ends with the weights after the round that the watch found best. → its figures, `before` and
     `after`. Raises NonFiniteLoss.
     """
@@ -203,13 +218,8 @@ def train_rounds(
     judge = begin()
     reader = judge.reader or tokenizer
     human, voice = people_of(pairs, held_out, styles)
-    real = {
-        # what finds fault is never delivered, so it is no example either
-        generator.config.styles.index(style): hidden_ids(
-            [t for t in texts if not corpora.finds_fault(t)] or texts, reader
-        )
-        for style, texts in voice.items()
-    }  # fmt: skip
+    names = generator.config.styles
+    real = {names.index(style): hidden_ids(texts, reader) for style, texts in voice.items()}
     watch = Watch(
         human, pairs, tokenizer, rules, features, config.watched, config.seed, styles, reader
     )
@@ -237,21 +247,39 @@ def train_rounds(
         number, first, best = resume["step"], resume["first"], resume["best"]
         best_weights = [value.to(device) for value in resume["best_weights"]]
 
+    pool = keep_written(pairs, reader, rules, names, process)
+    is_taught = process.mean(float(len(pool.hidden) < 2 * PAIRS)) == 0
+    pool_odds = pool_weights = torch.zeros(0)
+    if is_taught:
+        seed = [config.seed, 47, process.rank]
+        torch.manual_seed((config.seed * 1_000_003) * process.size + process.rank)
+        pool_odds = odds(begin, real, pool, config, process, np.random.default_rng(seed))
+        pool_weights = weigh(pool_odds, pool.group, 2 * len(names), process)
+        for style in pairs.written:
+            pairs.weigh(style, pool_weights[pool.style == names.index(style)].numpy())
+
     while number < config.rounds:
         # everything random follows from the round, so that a resumed training sees the same
         seed = [config.seed, 37, number, process.rank]
         torch.manual_seed((config.seed * 1_000_003 + number) * process.size + process.rank)
-        share = len(process.share(range(config.round_captions)))
-        fake = draw(
-            generator, tokenizer, reader, rules, pairs, styles, features, share, seed, device
-        )
-        # every process decides alike, or those that go on would wait for those that do not
-        if process.mean(float(len(fake.hidden) < 2 * PAIRS)) > 0:
-            log(f"round  {len(fake.hidden)} of {share} captions obey the rules: too few, no more")
-            break
         random = np.random.default_rng(seed)
-        log_odds = odds(begin, real, fake, config, process, random)
-        weights = weigh(log_odds, fake.group, 2 * len(generator.config.styles), process)
+        share, steps = len(process.share(range(config.round_captions))), config.round_steps
+        if number == 0 and is_taught:
+            fake, log_odds, weights = pool, pool_odds, pool_weights
+            # as many times over as the captions of other rounds
+            steps = int(steps * max(1.0, process.mean(len(pool.hidden) / share)))
+        else:
+            fake = draw(
+                generator, tokenizer, reader, rules, pairs, styles, features, share, seed, device,
+                proofreader,
+            )  # fmt: skip
+            # every process decides alike, or those that go on would wait for those that do not
+            if process.mean(float(len(fake.hidden) < 2 * PAIRS)) > 0:
+                log(f"round  {len(fake.hidden)} of {share} captions obey the rules: too few")
+                break
+            log_odds = odds(begin, real, fake, config, process, random)
+            weights = weigh(log_odds, fake.group, 2 * len(names), process)
+        likely = weights.double().cumsum(0).numpy()
         optimiser = torch.optim.AdamW(
             trained, lr=config.adversarial_rate, betas=(0.9, 0.98), weight_decay=0.0
         )
@@ -259,21 +287,21 @@ def train_rounds(
         generator.train()
         generator.vision.eval()
         nats = 0.0
-        for step in range(config.round_steps):
-            rows = random.integers(len(fake.examples), size=LEARNED)
+        for step in range(steps):
+            rows = np.searchsorted(likely, random.random(LEARNED) * likely[-1], side="right")
             anchor = draw_examples(pairs, [], 1.0, ANCHORED, random)
             for group in optimiser.param_groups:
-                factor = warmup_cosine(step, config.round_steps)
-                group["lr"] = config.adversarial_rate * factor
+                group["lr"] = config.adversarial_rate * warmup_cosine(step, steps)
             optimiser.zero_grad(set_to_none=True)
             total = torch.zeros((), device=device)
-            for examples, own, weight in (
-                ([fake.examples[i] for i in rows], weights[rows], 1.0),
-                (anchor, torch.ones(ANCHORED), config.likelihood_weight),
-            ):
+            for examples, weight in (
+                ([fake.examples[i] for i in rows], 1.0), (anchor, config.likelihood_weight),
+            ):  # fmt: skip
                 batch = encode_batch(examples, tokenizer, generator.config, features)
                 noise = torch.randn(len(examples), generator.config.noise_size)
-                total = total + weight * weighted_loss(generator, batch, own, noise, process)
+                with process.autocast():
+                    loss, count = caption_loss(generator, batch, noise, device)
+                total = total + weight * loss / count
             process.check_finite(total, "adversarial", step)
             total.backward()
             process.average_gradients(trained)
@@ -292,7 +320,7 @@ def train_rounds(
             log(curves.add(
                 "round", step=number, steps=config.rounds, captions=len(weights),
                 effective_share=effective, odds_mean=float(log_odds.mean()),
-                loss=nats / max(1, config.round_steps),
+                loss=nats / max(1, steps),
             ))  # fmt: skip
         figures = measure()
         if quality(figures) < quality(best):

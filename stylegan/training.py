@@ -24,7 +24,6 @@ from torch.nn import functional as F
 
 from stylegan.corpora import Example, PseudoPairs
 from stylegan.generator import EOS, PAD, Generator, GeneratorConfig
-from stylegan.losses import exact_kl
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +33,9 @@ class TrainingConfig:
     start: a model directory to go on from, "shipped" for the shipped model, "" to begin anew.
     backbone: the same, but of it only the vision backbone is taken; either way none is trained.
     language: directory of a pretrained encoder or decoder of transformers that the language model
-    begins with, "" to begin it anew. language_layers: how many of its layers, 0 for all. teacher: a
-    model directory of jobs.train, larger and trained on the same data, whose predictions the
-    likelihood stage learns from beside the text, "" for none. teacher_share: their weight, 0 to 1.
+    begins with, "" to begin it anew. language_layers: how many of its layers, 0 for all.
+    written_share: of the pseudo-pairs, examples that came with a description (jobs.distil), where
+    there are any.
     backbone_epochs: passes over the catalogue's photographs. backbone_batch: photographs a step.
     backbone_rate: AdamW's peak learning rate. likelihood_steps, likelihood_batch: sentences a step,
     all processes together. likelihood_rate: peak learning rate. dropout: of the language model.
@@ -57,7 +56,8 @@ class TrainingConfig:
 
     rounds: of the game in rounds (`rounds.py`), after the adversarial steps, if any.
     round_captions: drawn in each, all processes together. round_discriminator_steps, round_steps:
-    of each discriminator and of the generator.
+    of each discriminator and of the generator. proofreader: directory of a pretrained causal
+    language model of transformers; captions that it finds odd have no weight, "" for none.
 
     critic_captions: that are drawn for the critic in the end, of each style; 0 for no critic.
     """
@@ -68,8 +68,7 @@ class TrainingConfig:
     backbone: str = ""
     language: str = ""
     language_layers: int = 0
-    teacher: str = ""
-    teacher_share: float = 0.5
+    written_share: float = 0.75
     backbone_epochs: int = 24
     backbone_batch: int = 64
     backbone_rate: float = 2e-3
@@ -103,6 +102,7 @@ class TrainingConfig:
     round_captions: int = 8000
     round_discriminator_steps: int = 150
     round_steps: int = 200
+    proofreader: str = ""
     watched: int = 512
     micro_batch: int = 0
     report_adversarial: int = 10
@@ -424,7 +424,8 @@ def train_backbone(
 # --- likelihood, on both roads -----------------------------------------------------------------
 
 
-PART = 16  # sentences of one backward pass
+PART = 16  # sentences of one backward pass on a CPU; a GPU takes more of them at once
+PART_GPU = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -497,6 +498,8 @@ def draw_examples(
     """
     share_background = 0.2 + 0.3 * max(0.0, 1 - progress / 0.6) if background else 0.0
     share_plain = 0.2
+    if pairs.written:  # enough to learn from: what has no product is needed less
+        share_background, share_plain = share_background / 2, share_plain / 2
     styles = [style for style in pairs.plain]
     examples = []
     for _ in range(count):
@@ -517,26 +520,15 @@ def draw_examples(
 
 
 def caption_loss(
-    model: Generator, batch: TextBatch, noise_BZ: Tensor, device: str,
-    teacher: Generator | None = None, teacher_share: float = 0.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """→ summed negative log-likelihood of the captions' tokens, in nats, and their number.
-
-    With a teacher, teacher_share of it is the KL divergence from what that predicts instead: of
-    words that fit a place, a sentence tells one, and a teacher all (Hinton et al., 2015).
-    """
+    model: Generator, batch: TextBatch, noise_BZ: Tensor, device: str
+) -> tuple[Tensor, Tensor]:
+    """→ summed negative log-likelihood of the captions' tokens, in nats, and their number."""
     batch = batch.to(device)
-    conditions = *batch.conditions(), noise_BZ.to(device)
     caption = batch.caption_BT
-    logits = model(*model.prefix(*conditions), caption)
+    logits = model(*model.prefix(*batch.conditions(), noise_BZ.to(device)), caption)
     loss = F.cross_entropy(
         logits.float().flatten(0, 1), caption.flatten(), ignore_index=PAD, reduction="sum"
     )
-    if teacher is not None:
-        with torch.no_grad():
-            told = teacher(*teacher.prefix(*conditions), caption)
-        apart = (exact_kl(told, logits) * (caption != PAD)).sum()
-        loss = (1 - teacher_share) * loss + teacher_share * apart
     return loss, (caption != PAD).sum()
 
 
@@ -562,7 +554,6 @@ def train_likelihood(
     *,
     process: Process,
     curves: Curves,
-    teacher: Generator | None = None,
     resume: dict[str, Any] | None = None,
     save: Callable[[dict[str, Any]], None] = lambda state: None,
     log: Callable[[str], None] = print,
@@ -570,9 +561,8 @@ def train_likelihood(
     """Maximum likelihood of formal descriptions and of colloquial sentences, in place.
 
     features [N, I, C]: of the catalogue's photographs; the backbone stays as it is. held_out: a
-    part of the training text that is left out, on which the weights to keep are chosen. teacher: to
-    learn from beside the text, with the same tokeniser. Ends with the exponential mean of the
-    weights that was best on it. Raises NonFiniteLoss.
+    part of the training text that is left out, on which the weights to keep are chosen. Ends with
+    the exponential mean of the weights that was best on it. Raises NonFiniteLoss.
     """
     device = process.device
     model.vision.requires_grad_(False).eval()
@@ -589,6 +579,7 @@ def train_likelihood(
         best, step = resume["best"], resume["step"]
         best_weights = [value.to(device) for value in resume["best_weights"]]
     rows = len(process.share(range(config.likelihood_batch)))
+    size = PART if device == "cpu" else PART_GPU
     started, done_at_start, nats, tokens = time.monotonic(), step, 0.0, 0
     model.train()
     model.vision.eval()
@@ -600,8 +591,8 @@ def train_likelihood(
         # divisor: were a short sentence's tokens to weigh more, captions would end too early.
         drawn.sort(key=lambda example: len(example.text))
         parts = [
-            encode_batch(drawn[i : i + PART], tokenizer, model.config, features)
-            for i in range(0, rows, PART)
+            encode_batch(drawn[i : i + size], tokenizer, model.config, features)
+            for i in range(0, rows, size)
         ]
         count = sum(int((part.caption_BT != PAD).sum()) for part in parts)
         torch.manual_seed(config.seed * 1_000_003 + step * process.size + process.rank)  # dropout
@@ -613,9 +604,7 @@ def train_likelihood(
         for part in parts:
             noise = torch.randn(len(part.style_B), model.config.noise_size)
             with process.autocast():
-                loss, _ = caption_loss(
-                    model, part, noise, device, teacher, config.teacher_share
-                )
+                loss, _ = caption_loss(model, part, noise, device)
             (loss / count).backward()
             total += loss.detach()
         process.check_finite(total, "likelihood", step)

@@ -547,7 +547,7 @@ def kill_at(
     ("moment", "storage"),
     [
         ("midway", "disk"),
-        ("publishing", "s3"),
+        pytest.param("publishing", "s3", marks=pytest.mark.slow),
         *(
             pytest.param(moment, storage, marks=pytest.mark.slow)
             for moment in MOMENTS

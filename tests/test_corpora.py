@@ -97,6 +97,11 @@ def test_description_concepts_take_the_last_noun_as_head() -> None:
         ("So cute with jeans.", "Blue shirt", False, True),
         ("This shirt and these jeans are so soft.", "Blue shirt", True, True),
         ("Shirt lovers will like this pair of jeans.", "Blue shirt", True, True),
+        # a product that is only worn with itself is not named
+        ("Cute with heels or boots.", "Brown heels.", False, True),
+        ("These heels look great with boots.", "Brown heels.", True, False),
+        ("Looks good with a linen belt.", "Brown belt.", False, False),
+        ("In love with this belt!", "Brown belt.", True, False),
     ],
 )
 def test_verdict(caption: str, description: str, named: bool, contradicts: bool) -> None:

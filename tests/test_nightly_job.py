@@ -95,9 +95,8 @@ def is_whole(output: str) -> bool:
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(
-    "step", [23, pytest.param(7, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [23, 7])
 def test_death_after_any_write_is_mended_by_the_same_command(
     s3: str, tmp_path: Path, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch, step: int,
     capsys: pytest.CaptureFixture[str],

@@ -156,6 +156,7 @@ def test_every_request_may_fail(
     }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_an_outage_in_the_middle(s3: str, tmp_path: Path, proxy: FaultyProxy) -> None:
     place = f"{s3}/{tmp_path.name}"

@@ -224,47 +224,6 @@ def test_loss_counts_each_token_once() -> None:
     assert (batch.caption_BT == EOS).sum() == 2
 
 
-def test_a_teacher_says_more_than_a_sentence_does() -> None:
-    """Two ends of a sentence are alike to the teacher; of one sentence, the pupil learns both."""
-    ends = ["such a lovely watch.", "such a lovely watch!"]
-    tokenizer = corpora.train_tokenizer(ends, 300)
-    config = GeneratorConfig.preset(
-        "tiny", tokenizer.get_vocab_size(), ["formal", "colloquial"], dropout=0.0
-    )
-    features = torch.zeros(1, config.image_length, 64)
-    noise = torch.zeros(2, config.noise_size)
-    examples = [Example(text, "colloquial") for text in ends]
-    both, one = (
-        training.encode_batch(some, tokenizer, config, features)
-        for some in (examples, examples[:1] * 2)
-    )
-
-    def learn(teacher: Generator | None, share: float) -> Generator:
-        torch.manual_seed(0)
-        model = Generator(config)
-        batch = both if teacher is None else one
-        optimiser = torch.optim.Adam(model.parameters(), lr=2e-3)
-        for _ in range(80):
-            loss, count = training.caption_loss(model, batch, noise, "cpu", teacher, share)
-            optimiser.zero_grad()
-            (loss / count).backward()
-            optimiser.step()
-        return model.eval()
-
-    def ends_with_a_point(model: Generator) -> float:
-        with torch.no_grad():
-            logits = model(*model.prefix(*one.conditions(), noise), one.caption_BT)
-        return logits[0, -2].softmax(-1)[one.caption_BT[0, -2]].item()
-
-    teacher = learn(None, 0.0)
-    assert ends_with_a_point(teacher) == pytest.approx(0.5, abs=0.1)
-    with torch.no_grad():  # nobody is apart from himself
-        loss, _ = training.caption_loss(teacher, both, noise, "cpu", teacher, 1.0)
-    assert loss.item() == pytest.approx(0.0, abs=1e-4)
-    assert ends_with_a_point(learn(teacher, 1.0)) == pytest.approx(0.5, abs=0.1)
-    assert ends_with_a_point(learn(teacher, 0.0)) > 0.9
-
-
 @pytest.mark.slow
 def test_a_trained_model_plays_rounds(trained: Path, inputs: Path, tmp_path: Path) -> None:
     """It mostly recites, which weighs nothing: so many captions are drawn."""
@@ -291,10 +250,10 @@ def test_what_begins_from_another_model_says_why_it_cannot(
     trained: Path, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for more, why in (
-        (["--teacher", str(trained), "--seed", "1"], "sees with another backbone"),
-        (["--teacher", "shipped", "--backbone", str(trained)], "has other tokens"),
         (["--start", str(trained), "--likelihood-steps", "0", "--discriminator", str(tmp_path)],
          "give a directory with the config.json"),
+        (["--start", str(trained), "--likelihood-steps", "0", "--adversarial-steps", "0",
+          "--rounds", "1", "--proofreader", str(tmp_path)], "of a causal language model"),
     ):  # fmt: skip
         steps = ["--backbone-epochs", "1", "--likelihood-steps", "1"]
         assert run_job(arguments(inputs, tmp_path / "model", *steps, *more)) == 2, why

@@ -47,6 +47,7 @@ def write_pretrained(directory: Path, kind: str) -> Tokenizer:
         num_attention_heads=2, intermediate_size=64,
     )) if kind == "encoder" else GPT2LMHeadModel(GPT2Config(
         vocab_size=theirs.get_vocab_size(), n_embd=32, n_layer=3, n_head=2, n_positions=128,
+        bos_token_id=1, eos_token_id=2,
     )).transformer  # fmt: skip
     body.save_pretrained(directory)  # type: ignore[operator]
     PreTrainedTokenizerFast(tokenizer_object=theirs).save_pretrained(directory)
