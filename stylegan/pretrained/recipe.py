@@ -1,11 +1,13 @@
 """Makes the shipped model again: prepares its data, trains it, measures it, writes its card.
 
-    python -m stylegan.pretrained.recipe DATA BUILD
+    python -m stylegan.pretrained.recipe DATA LM ENCODER BUILD
 
-DATA holds the folders described in the model card (fashion, street, grocery, colloquial); BUILD
-gets `catalog.csv` (image, description, title, type, colour, gender, split) and `colloquial.csv`
-(text, tier, source), then `model/`. The drawn samples and the embedded corpus of this package are
-added to both. Run again after a stop, the training goes on from its last checkpoint.
+DATA holds the folders described in the model card (fashion, street, grocery, colloquial); LM and
+ENCODER are directories of SmolLM2-135M-Instruct and of all-MiniLM-L6-v2 as transformers saves them.
+BUILD gets `catalog.csv` (image, description, title, type, colour, gender, split), `colloquial.csv`
+(text, tier, source) and `written.csv`, then `model/`. The drawn samples and the embedded corpus of
+this package are added to the first two. Run again after a stop, the training goes on from its last
+checkpoint. Without a GPU it takes many hours.
 """
 
 from __future__ import annotations
@@ -58,26 +60,39 @@ GROCERY = {"Satsumas": "satsuma", "Carrots": "carrot"}
 
 # the rest are the defaults of jobs.train
 LIKELIHOOD = [
-    "--preset", "small", "--workers", "0", "--backbone-epochs", "24", "--likelihood-steps", "2600",
-    "--dropout", "0.2",
+    "--preset", "small", "--workers", "0", "--backbone-epochs", "24", "--language-layers", "6",
+    "--likelihood-steps", "3304", "--likelihood-batch", "128", "--likelihood-rate", "5e-4",
+    "--dropout", "0.1", "--adversarial-steps", "0", "--critic-captions", "0",
 ]  # fmt: skip
-ADVERSARIAL = [
-    "--preset", "small", "--workers", "0", "--likelihood-steps", "0", "--adversarial-steps", "200",
-    "--adversarial-rate", "1e-4", "--discriminator-rate", "5e-4", "--content-weight", "0.5",
-    "--warmup-steps", "150", "--measure-every", "20", "--save-adversarial", "20",
+START = ["--preset", "small", "--workers", "0", "--dropout", "0.1", "--likelihood-steps", "0"]
+ROUNDS = [
+    "--adversarial-steps", "0", "--rounds", "5", "--round-captions", "12000",
+    "--round-discriminator-steps", "250", "--adversarial-rate", "1e-4", "--discriminator-rate",
+    "5e-4",
 ]  # fmt: skip
-# what each part of the adversarial stage is worth: the same, shorter, with one thing changed
-SHORT = ["--adversarial-steps", "100", "--adversarial-batch", "8", "--group-size", "5"]
+DELIVERED = [
+    "--temperature", "1", "--max-surprise", "3", "--selectivity", "4", "--max-candidates", "20",
+    "--critic-captions", "12000",
+]  # fmt: skip
+GAME = [
+    "--adversarial-steps", "100", "--adversarial-rate", "1e-4", "--discriminator-rate", "5e-4",
+    "--content-weight", "0.5", "--warmup-steps", "150", "--measure-every", "20",
+]  # fmt: skip
+# what each part is worth: the rounds with one thing changed, the policy gradient in their place
 ABLATIONS: dict[str, list[str]] = {
-    "all parts": [],
-    "no KL": ["--kl-target", "0"],
-    "no content reward": ["--content-weight", "0"],
-    "no replay": ["--replay-share", "0"],
-    "no likelihood": ["--likelihood-weight", "0"],
-    "no matching": ["--matching-weight", "0"],
-    "minimax": ["--loss", "minimax"],
-    "non-saturating": ["--loss", "non-saturating"],
-    "hinge": ["--loss", "hinge"],
+    "rounds": ROUNDS,
+    "no discriminator": [*ROUNDS, "--discriminator-rate", "0"],
+    "nothing pretrained judges": [*ROUNDS, "--discriminator", ""],
+    "no proofreader": [*ROUNDS, "--proofreader", ""],
+    "no likelihood": [*ROUNDS, "--likelihood-weight", "0"],
+    "policy gradient": GAME,
+    "policy gradient, no KL": [*GAME, "--kl-target", "0"],
+    "policy gradient, no content reward": [*GAME, "--content-weight", "0"],
+    "policy gradient, no replay": [*GAME, "--replay-share", "0"],
+    "policy gradient, no matching": [*GAME, "--matching-weight", "0"],
+    "policy gradient, minimax": [*GAME, "--loss", "minimax"],
+    "policy gradient, non-saturating": [*GAME, "--loss", "non-saturating"],
+    "policy gradient, hinge": [*GAME, "--loss", "hinge"],
 }
 
 FIELDS = ("image", "description", "title", "type", "colour", "gender", "split")
@@ -144,9 +159,8 @@ def sentences(data: Path) -> Iterator[dict[str, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("data", type=Path)
-    parser.add_argument("build", type=Path)
-    parser.add_argument("--encoder", help="of the detectors, see jobs.evaluate")
+    for name in ("data", "lm", "encoder", "build"):
+        parser.add_argument(name, type=Path)
     parser.add_argument("--ablations", action="store_true", help="measure them instead")
     arguments = parser.parse_args()
     data, build = arguments.data.resolve(), arguments.build
@@ -160,30 +174,37 @@ def main() -> None:
             writer.writeheader()
             writer.writerows(content)
     catalog_file, sentences_file = str(build / "catalog.csv"), str(build / "colloquial.csv")
+    written, likelihood, model = (str(build / n) for n in ("written.csv", "likelihood", "model"))
+    lm, encoder = str(arguments.lm), str(arguments.encoder)
     inputs = ["--catalog", catalog_file, "--colloquial", sentences_file]
-    likelihood, model = str(build / "likelihood"), str(build / "model")
-    start = [*inputs, "--start", likelihood, *ADVERSARIAL]
+    start = [
+        *inputs, written, "--start", likelihood, *START, "--discriminator", encoder,
+        "--proofreader", lm,
+    ]  # fmt: skip
 
     def run(job: str, *line: str) -> None:
         subprocess.run([sys.executable, "-m", job, *line], check=True)
 
+    if not (build / "written.csv").exists():
+        run("jobs.distil", *inputs, "--teacher", lm, "--output", written)
+    run(
+        "jobs.train", *inputs, written, "--language", encoder, *LIKELIHOOD, "--output", likelihood
+    )
     if arguments.ablations:
         told = {}
         for name, changed in ABLATIONS.items():
-            output = build / "ablations" / name.replace(" ", "-")
-            run("jobs.train", *start, *SHORT, *changed, "--output", str(output))
+            output = build / "ablations" / name.replace(" ", "-").replace(",", "")
+            run("jobs.train", *start, *changed, "--critic-captions", "0", "--output", str(output))
             verdict = json.loads((output / "metrics.json").read_text())["watched_while_training"]
             told["likelihood model"] = verdict["before"]
             told[name] = verdict["after"]
         (build / "ablations.json").write_text(json.dumps(told, indent=2) + "\n")
         return
-    run("jobs.train", *inputs, *LIKELIHOOD, "--adversarial-steps", "0", "--output", likelihood)
-    run("jobs.train", *start, "--output", model)
-    encoder = ["--encoder", arguments.encoder] if arguments.encoder else []
+    run("jobs.train", *start, *ROUNDS, *DELIVERED, "--output", model)
     run(
         "jobs.evaluate", "--catalog", catalog_file, "--training", sentences_file,
         "--likelihood", likelihood, "--model", model, "--only", "fashion/",
-        "--real", str(data / "colloquial" / "sentences.csv"), *encoder,
+        "--real", str(data / "colloquial" / "sentences.csv"), "--encoder", encoder,
         "--output", str(build / "evaluation"), "--card", str(Path(__file__).parent / "notes.md"),
     )  # fmt: skip
 
