@@ -101,6 +101,10 @@ def is_misplaced(text: str, concepts: Concepts) -> bool:
 _ONE = re.compile(
     r"\b(this|that|a|an|another|every)( \w+(ing|ed|y|al|ic|ful|ous|ive|sh|e|d|k|t))?$"
 )
+# "it is the perfect jeans", but not "it is fun with jeans", "this is a pair of jeans"
+_IS_ONE = re.compile(
+    r"\b(this|it|that)('s| is)( (?!(of|for|with|to|on|in|and|over|pair)\b)\w+){0,4}$"
+)
 _MANY = re.compile(r"\b(these|those|many|few)( \w+)?$")
 _OTHER = re.compile(r"\b(of|on|in|with|for|at|to|and)\b")
 _ARTICLE = re.compile(
@@ -136,7 +140,8 @@ def is_well_formed(text: str) -> bool:
         verb = "" if _OTHER.search(before) else after
         if singular and (_MANY.search(before) or re.match(r" (are|have)\b", verb)):
             return False
-        if not singular and (_ONE.search(before) or re.match(r" (is|has|looks|feels)\b", verb)):
+        is_one = _ONE.search(before) or _IS_ONE.search(before)
+        if not singular and (is_one or re.match(r" (is|has|looks|feels)\b", verb)):
             return False
     return True
 

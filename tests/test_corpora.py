@@ -124,6 +124,10 @@ def test_verdict(caption: str, description: str, named: bool, contradicts: bool)
         ("These jeans are so neat.", True),
         ("This watch is handy and these straps are soft.", True),
         ("A dress, a tie, some socks.", True),
+        ("It is the perfect jeans.", False),
+        ("This is gorgeous flowy jeans.", False),
+        ("It is the perfect pair of jeans.", True),
+        ("It's so cute with jeans.", True),
     ],
 )
 def test_well_formed(text: str, expected: bool) -> None:
