@@ -77,9 +77,7 @@ class Decoding:
     temperature: divides the logits. top_p: only the most likely tokens that make up this share are
     drawn. top_k: only so many of the most likely tokens are, 0 for all. max_surprise: no token is
     drawn that is rarer in its place than in the training text as a whole by more than so many nats,
-    0 for no such bound; it cuts slips of grammar, and no rare words where they fit. max_strain: the
-    three most surprising tokens of a caption may cost so many nats together, 0 for no such bound:
-    one rare word is well said, where three meet the sense is lost. max_new_tokens:
+    0 for no such bound; it cuts slips of grammar, and no rare words where they fit. max_new_tokens:
     length limit of a caption. best_of: how many candidates that obey the rules are drawn; the one
     with the highest score is delivered, the likeliest where there is no critic. selectivity: where
     one is drawn, it is accepted with a probability of its odds (to be a person's) divided by this,
@@ -94,7 +92,6 @@ class Decoding:
     best_of: int = 1
     max_candidates: int = 12
     max_surprise: float = 0.0
-    max_strain: float = 0.0
     selectivity: float = 1.0
 
     def __post_init__(self) -> None:
@@ -106,8 +103,6 @@ class Decoding:
             raise ValueError(f"best_of is {self.best_of}: choose 1 or more")
         if not self.max_surprise >= 0:
             raise ValueError(f"max_surprise is {self.max_surprise}: choose 0 or more")
-        if not self.max_strain >= 0:
-            raise ValueError(f"max_strain is {self.max_strain}: choose 0 or more")
         if not self.selectivity >= 1:
             raise ValueError(f"selectivity is {self.selectivity}: choose 1 or more")
 
@@ -170,12 +165,6 @@ class _Generated:
     log_probabilities: list[float]  # of each id, nats
     finished: bool  # whether it ended by itself
     luck: float  # a number from (0, 1] of the row's own stream, against which it is accepted
-
-    @property
-    def strain(self) -> float:
-        """What its three most surprising tokens cost together, nats."""
-        return -sum(sorted(self.log_probabilities)[:3])
-
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
@@ -610,10 +599,6 @@ class Captioner:
                     wanted = odds[place] - math.log(decoding.selectivity * written.luck)
                     candidate = replace(candidate, value=min(0.0, wanted))
                     is_accepted = wanted >= 0
-                if decoding.max_strain:
-                    beyond = max(0.0, written.strain - decoding.max_strain)
-                    candidate = replace(candidate, value=candidate.value - beyond)
-                    is_accepted = is_accepted and not beyond
                 accepted[row] += is_accepted and not candidate.faults
                 if candidate.faults and candidate.faults <= mendable[row]:
                     promising.add(row)

@@ -95,12 +95,15 @@ def draw(
         written, _, _ = write_captions(
             generator, tokenizer, rules, conditions, features, 1, stream, device, reader
         )
-        passed = proofreader.passes(written.texts) if proofreader else [True] * len(conditions)
-        for row, (example, said) in enumerate(conditions):
-            if passed[row] and not written.faults[row]:
-                examples.append(replace(example, text=written.texts[row]))
-                concepts.append(said)
-                hidden.append(written.hidden[row])
+        obey = [row for row, faults in enumerate(written.faults) if not faults]
+        if proofreader and obey:
+            passed = proofreader.passes([written.texts[row] for row in obey])
+            obey = [row for row, passes in zip(obey, passed, strict=True) if passes]
+        for row in obey:
+            example, said = conditions[row]
+            examples.append(replace(example, text=written.texts[row]))
+            concepts.append(said)
+            hidden.append(written.hidden[row])
     return drawn_of(examples, concepts, hidden, generator.config.styles)
 
 

@@ -181,7 +181,10 @@ class Teacher:
 
     @torch.no_grad()
     def write(self, examples: Sequence[Example], top_p: float) -> list[str | None]:
-        """A sentence of each example's product, normalised; None where it does not end."""
+        """A sentence of each example's product, normalised; None where it does not end.
+
+        On a GPU the weights are in half precision from then on.
+        """
         self.language.eval()
         language, ended = self.language, self.end
         if self.device != "cpu":
@@ -216,9 +219,9 @@ class Proofreader:
         self.model.language.eval()
         random = np.random.default_rng(59)
         drawn = [people[i] for i in random.permutation(len(people))[: 3 + COMPARED]]
-        first = "".join(f"{corpora.sentence(text)}\n" for text in drawn[:3])
-        self.context = self.model.encode(first)
-        nats, group = self.surprise(drawn), self._lengths(drawn)
+        first, compared = drawn[:3], drawn[3:]
+        self.context = self.model.encode("".join(f"{corpora.sentence(text)}\n" for text in first))
+        nats, group = self.surprise(compared), self._lengths(compared)
         self.bounds = np.full(len(LENGTHS) + 1, np.quantile(nats, ORDINARY))
         for number in set(group.tolist()):
             if (group == number).sum() >= 20:
