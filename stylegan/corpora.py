@@ -15,7 +15,7 @@ import tomllib
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any, Final, Literal
@@ -92,14 +92,22 @@ def finds_fault(text: str) -> bool:
 
 
 def is_misplaced(text: str, concepts: Concepts) -> bool:
-    """Whether a caption says of a product what only clothes have: of a watch, that it drapes."""
-    words = lexicon()
-    bare = bool(concepts.head) and not concepts.head & words.clothes
-    return bare and bool(words.clothes_words.search(normalise(text)))
+    """Whether a caption says of a product what only others have: of a watch, that it drapes, and
+    of a lemon, that it is stylish, or cute with jeans."""
+    words, text = lexicon(), normalise(text)
+    if not concepts.head or concepts.head & words.clothes:
+        return False
+    if concepts.head <= words.food and (
+        words.inedible_words.search(text)
+        or any(m.types and not m.colours and not m.types & words.food for m in words.mentions(text))
+    ):
+        return True
+    return bool(words.clothes_words.search(text))
 
 
 _ONE = re.compile(
-    r"\b(this|that|a|an|another|every)( \w+(ing|ed|y|al|ic|ful|ous|ive|sh|e|d|k|t))?$"
+    r"\b(this|that|a|an|another|every)( (very|so|really|super|truly))?"
+    r"( \w+(ing|ed|y|al|ic|ful|ous|ive|sh|e|d|k|t))?$"
 )
 # "it is the perfect jeans", but not "it is fun with jeans", "this is a pair of jeans"
 _IS_ONE = re.compile(
@@ -122,7 +130,8 @@ _TWICE = re.compile(r"\b(\w{4,})( and| or| to)?( so| very| super)? \1\b")
 def is_well_formed(text: str) -> bool:
     """Whether products agree in number with their articles and verbs, and no word is said twice.
 
-    "These belt are nice.", "this shoes", "a shorts", "a elegant" and "soft and soft" are not. It
+    "These belt are nice.", "this shoes", "a shorts", "a elegant", "soft and soft" and "one-shirt"
+    are not. It
     finds the commonest slips, no more; a pair of shoes is one, and so is what has a noun after it.
     """
     text = normalise(text)
@@ -131,6 +140,8 @@ def is_well_formed(text: str) -> bool:
     for mention in lexicon().mentions(text):
         if not mention.types:
             continue
+        if mention.start and text[mention.start - 1] == "-":  # "the perfect one-t-shirt"
+            return False
         before, after = text[: mention.start].rstrip(), text[mention.end :]
         singular = lexicon().is_singular(mention.form)
         followed = re.match(r"( (is|are|has|have|was|looks?|feels?|makes?)\b|[.,!?]|$)", after)
@@ -222,6 +233,7 @@ class Lexicon:
         self.garment_words = words("garment_words")
         self.specific_words = words("specific_words")
         self.clothes_words = words("clothes_words")
+        self.food, self.inedible_words = frozenset(tables.get("food", [])), words("inedible_words")
         self.faultfinding, self.praise = words("faultfinding"), words("praise")
         self.praised = frozenset(tables.get("praised", []))
         self.wearable = frozenset(tables.get("wearable", []))
@@ -506,6 +518,7 @@ _CHAIN = re.compile(r"(,| and| or|, and|, or) (?:(?!(?:this|these|the|it)\b)[\w'
 
 SUPPORT_SHARE = 0.08  # of the pairs: support, about kinds that the voice speaks of itself
 LONGEST_PRAISE = 16  # words of a sentence that is said of another kind
+LONGEST_TITLE = 16  # words; what is longer describes the product in sentences
 
 
 class PseudoPairs:
@@ -539,6 +552,13 @@ class PseudoPairs:
             for kind in concepts.head:
                 by_kind[kind].append(index)
         self.by_kind = dict(by_kind)
+        self._names = [
+            word
+            for title in sorted({title for product in products for title in product.titles})
+            if len(title.split()) <= LONGEST_TITLE
+            for word in title.split()
+            if not lexicon().mentions(word)
+        ]
         self.plain: dict[str, list[str]] = {}  # nothing known: learned without a condition
         self.paired: dict[str, list[_Pair]] = {}
         self.supported: dict[str, list[_Pair]] = {}
@@ -624,8 +644,11 @@ class PseudoPairs:
             if random.random() < self.written_share:
                 worth, rows = self._worth.get(style), self.written[style]
                 if worth is None:
-                    return rows[random.integers(len(rows))]
-                return rows[int(np.searchsorted(worth, random.random() * worth[-1], side="right"))]
+                    row = rows[random.integers(len(rows))]
+                else:
+                    number = np.searchsorted(worth, random.random() * worth[-1], side="right")
+                    row = rows[int(number)]
+                return replace(row, description=self.renamed(row.description, random, row.text))
             # a teacher writes about what the voice is silent of, and less is told from it by that
             silent = 0.0
         pairs, (share, unspoken) = self.paired[style], self._silent[style]
@@ -654,10 +677,7 @@ class PseudoPairs:
             if said.genders and concepts.genders and not (said.genders & concepts.genders):
                 continue
             product = self.products[index]
-            formal = (product.description, *product.titles)
-            description = formal[random.integers(len(formal))]
-            if not lexicon().concepts(description).head & self.concepts[index].head:
-                description = product.description  # a title that does not name the kind
+            description = self._formal(index, random)
             if said.colours and not lexicon().concepts(description).colours & said.colours:
                 description = product.description
             return Example(text, style, description, product.image if random.random() < 0.5 else -1)
@@ -685,14 +705,46 @@ class PseudoPairs:
         index = members[random.integers(len(members))]
         if is_any or (is_any is None and style in self.written):
             index = int(random.integers(len(self.products)))
-        product, concepts = self.products[index], self.concepts[index]
-        formal = (product.description, *product.titles)
-        description = formal[random.integers(len(formal))]
-        if not lexicon().concepts(description).head & concepts.head:
-            description = product.description
-        image = product.image if random.random() < 0.85 else -1
+        description = self._formal(index, random)
+        image = self.products[index].image if random.random() < 0.85 else -1
         said = lexicon().concepts(description)
-        return Example("", style, description, image), said.filled_from(concepts)
+        return Example("", style, description, image), said.filled_from(self.concepts[index])
+
+    def _formal(self, index: int, random: np.random.Generator) -> str:
+        """A product's description, or one of its titles."""
+        product = self.products[index]
+        formal = (product.description, *product.titles)
+        number = int(random.integers(len(formal)))
+        if not number:
+            return product.description
+        title = self.renamed(formal[number], random)
+        if not lexicon().concepts(title).head & self.concepts[index].head:
+            return product.description  # a title that does not name the kind
+        return title
+
+    def renamed(self, title: str, random: np.random.Generator, text: str = "") -> str:
+        """Half the time, a title as it might be of another brand.
+
+        Of the words that say nothing of kind, colour or gender, nor are said by the text, a quarter
+        is left out and a quarter is other titles'. Otherwise a model knows the few titles that it
+        has learned by heart, and what it says of others makes less sense.
+        """
+        if not self._names or random.random() < 0.5 or len(title.split()) > LONGEST_TITLE:
+            return title
+        mentions, said = lexicon().mentions(title), normalise(text)
+        words = []
+        for match in re.finditer(r"\S+", title):
+            chance, word = random.random(), match[0]
+            if (
+                chance < 0.5 or word.lower()[:5] in said
+                or any(m.start < match.end() and match.start() < m.end for m in mentions)
+            ):  # fmt: skip
+                words.append(word)
+            elif chance < 0.75:
+                words.append(self._names[random.integers(len(self._names))])
+        other = " ".join(words)
+        # two words may come together that mean something ("flip", "flops")
+        return other if lexicon().concepts(other) == lexicon().concepts(title) else title
 
     def plain_example(self, style: str, random: np.random.Generator) -> Example:
         """A sentence of the style without a condition."""

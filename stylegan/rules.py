@@ -39,7 +39,7 @@ _CUT_OFF = re.compile(
     r"\b(a|an|the|and|or|but|of|with|than|because|my|your|its|their|every|very)[\s.!?]*$"
 )
 # "so so nice" and "love, love this" are meant
-_STUTTER = re.compile(r"\b(?!so\b)([a-z']+)\s+\1\b|\b([a-z']+)(?:[,\s]+\2\b){2}")
+_STUTTER = re.compile(r"\b(?!so\b)([a-z'-]+)\s+\1\b|\b([a-z']+)(?:[,\s]+\2\b){2}")
 
 
 @dataclass(frozen=True, slots=True)

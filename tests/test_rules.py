@@ -39,6 +39,8 @@ WATCH = corpora.lexicon().concepts("Black watch for men")
         ("So handy, a handy watch, an pretty watch.", True, {"ill-formed"}),
         ("This watch, a every day watch.", True, {"ill-formed"}),
         ("These are so pretty and has a watch.", True, {"ill-formed"}),
+        ("What a very pretty watches!", True, {"ill-formed"}),
+        ("The perfect day-watch.", True, {"ill-formed"}),
         ("So handy but still so pretty, this watch.", True, set()),
         ("This watch is not only handy.", True, set()),
         ("So pretty, the sleeves of this watch.", True, {"misplaced"}),
@@ -61,6 +63,17 @@ def test_clothes_may_drape() -> None:
             f"This {noun} drapes nicely.", True, corpora.lexicon().concepts(description)
         )
         assert ("misplaced" in found) == misplaced, description
+
+
+def test_food_is_not_worn() -> None:
+    lemon, shirt = map(corpora.lexicon().concepts, ("Lemon.", "Yellow shirt."))
+    for text, misplaced in (
+        ("This lemon is so stylish.", True), ("A lemon that goes with jeans.", True),
+        ("Such a fresh lemon!", False), ("Lemon and lime, so fresh.", False),
+    ):  # fmt: skip
+        assert ("misplaced" in Rules().faults(text, True, lemon)) == misplaced, text
+        said = text.replace("lemon", "shirt").replace("Lemon", "Shirt")
+        assert "misplaced" not in Rules().faults(said, True, shirt), said
 
 
 def test_a_word_counts_from_its_second_use() -> None:
