@@ -66,7 +66,7 @@ from stylegan.losses import LOSSES
 from stylegan.rounds import train_rounds
 from stylegan.rules import Rules
 from stylegan.samples import write_samples
-from stylegan.teacher import Proofreader
+from stylegan.teacher import LEAST_JUDGED, Proofreader
 from stylegan.training import (
     Curves,
     NonFiniteLoss,
@@ -433,13 +433,37 @@ def begin_proofreader(
     if not config.proofreader:
         return None
     people = [text for style in pairs.plain for text in (pairs.people[style] or pairs.plain[style])]
+    judged = read_judged(config.judged) if config.judged else []
     try:
-        return Proofreader(Path(config.proofreader), people, process.device)
+        return Proofreader(Path(config.proofreader), people, process.device, judged)
     except (OSError, ValueError) as error:
         raise InputError(
             f"--proofreader {config.proofreader}: {str(error).splitlines()[0]}; give a directory "
             "with the config.json, weights and tokenizer.json of a causal language model"
         ) from error
+
+
+def read_judged(uri: str) -> list[tuple[str, bool]]:
+    """Captions, and whether they were found fit to print."""
+    rows = read_table(uri)
+    verdicts = {"1": True, "0": False}
+    for number, row in enumerate(rows, 1):
+        for column in ("text", "fit"):
+            if column not in row:
+                raise InputError(f"--judged {uri}: no column {column!r} among {', '.join(row)}")
+        if row["fit"] not in verdicts:
+            raise InputError(
+                f"--judged {uri}: row {number} has fit {row['fit']!r}; give 1 where a caption may "
+                "be printed as it is and 0 where it may not"
+            )
+    judged = [(row["text"], verdicts[row["fit"]]) for row in rows]
+    good = sum(is_fit for _, is_fit in judged)
+    if min(good, len(judged) - good) < LEAST_JUDGED:
+        raise InputError(
+            f"--judged {uri} has {good} captions that are fit to print and {len(judged) - good} "
+            f"that are not; a verdict is learned from {LEAST_JUDGED} of each or more"
+        )
+    return judged
 
 
 def fit(
@@ -495,21 +519,24 @@ def fit(
             save=checkpoint, log=log,
         )  # fmt: skip
         resume = None
+    proofreader = None
+    if config.rounds > 0 or config.critic_captions > 0:
+        proofreader = begin_proofreader(config, pairs, process)
     if config.rounds > 0:
         reference = copy.deepcopy(generator)  # what discriminators of every round begin with
         rounds = train_rounds(
             generator, lambda: begin_discriminator(config, reference).to(process.device), tokenizer,
             pairs, data.voice.dev, features, rules, config, process=process, curves=curves,
-            proofreader=begin_proofreader(config, pairs, process), resume=resume, save=checkpoint,
-            log=log,
+            proofreader=proofreader, resume=resume, save=checkpoint, log=log,
         )  # fmt: skip
         before = (verdict or rounds)["before"]  # of the game, too, what rounds also measure
         verdict = rounds | {"before": {name: before[name] for name in rounds["before"]}}
     if config.critic_captions > 0 and process.rank == 0:
         log(f"critic  learns from {config.critic_captions:,} captions of each style")
         captioner.critic = train_critic(
-            captioner, pairs, data.voice.dev, features, config.critic_captions, config.seed
-        )
+            captioner, pairs, data.voice.dev, features, config.critic_captions, config.seed,
+            proofreader,
+        )  # fmt: skip
     return Trained(captioner, curves, verdict)
 
 
@@ -906,7 +933,7 @@ def main() -> int:
         )  # fmt: skip
         return 2
     # workers may run in another directory
-    for name in ("start", "backbone", "language", "discriminator", "proofreader"):
+    for name in ("start", "backbone", "language", "discriminator", "proofreader", "judged"):
         uri = getattr(arguments, name)
         if uri and "://" not in uri and uri != "shipped":
             setattr(arguments, name, str(Path(uri).resolve()))
@@ -919,6 +946,10 @@ def main() -> int:
     ]
     cache = Path(tempfile.gettempdir()) / "stylegan-pixels"
     try:
+        if config.judged:  # now, and not after hours
+            if not config.proofreader:
+                raise InputError("--judged needs a --proofreader, which learns from it")
+            read_judged(config.judged)
         if arguments.workers[1]:
             train_with_ray(arguments, config, cache)
         else:

@@ -36,6 +36,7 @@ from stylegan.discriminator import Discriminator, detector_auc, hidden_ids, pad_
 from stylegan.generator import BOS, EOS, PAD, Generator
 from stylegan.metrics import distinct_n
 from stylegan.rules import CONTENT, Rules, penalty
+from stylegan.teacher import Proofreader
 from stylegan.training import (
     Curves,
     Process,
@@ -52,6 +53,7 @@ LEAST_WATCHED = 16  # sentences of people that a detector can be trained on
 LEAST_NAMED = 300  # sentences that name a product; with fewer, the whole voice is real
 MISMATCHED = 0.1  # of the discriminator's fakes: people's sentences of another style
 FORMAL = 0.1  # formal descriptions beside the critic's captions, which it shall not like either
+LEAST_FIT = 0.1  # probability to be fit that is counted at the least
 WORD_DROPOUT = 0.06
 TRUNK_RATE = 0.1  # of the discriminator's learning rate, for what is pretrained
 REPLAY_BUFFER = 4096  # fakes of the past
@@ -288,7 +290,7 @@ class Watch:
                 "words": float(np.mean([len(text.split()) for text in texts])),
                 "human_words": float(np.mean([len(text.split()) for text in human])),
             }
-            figures |= {_named(name, style, self.human): value for name, value in row.items()}
+            figures |= {named_for(name, style, self.human): value for name, value in row.items()}
         return figures, captions
 
 
@@ -296,7 +298,8 @@ def _share(fault: str, faults: Sequence[frozenset[str]], present: bool = True) -
     return float(np.mean([(fault in f) == present for f in faults]))
 
 
-def _named(name: str, style: str, styles: Sequence[str] | dict[str, Any]) -> str:
+def named_for(name: str, style: str, styles: Sequence[str] | dict[str, Any]) -> str:
+    """A figure's name, with its style where there are several."""
     return f"{name}/{style}" if len(styles) > 1 else name
 
 
@@ -307,10 +310,13 @@ def _mean(figures: dict[str, float], name: str) -> float:
 
 def quality(figures: dict[str, float]) -> float:
     """What snapshots are compared by, lower is better: how easily a detector that was not trained
-    against tells captions from people's, and what is wrong with them."""
+    against tells captions from people's, and what is wrong with them. Captions that a proofreader
+    does not pass count where there is one."""
+    unfit = [value for name, value in figures.items() if name.split("/")[0] == "unfit"]
     return (
         _mean(figures, "auc") + _mean(figures, "contradiction") + 1 - _mean(figures, "named")
         + _mean(figures, "invented") + max(0.0, 0.95 - _mean(figures, "distinct_2"))
+        + sum(unfit) / max(1, len(unfit))
     )  # fmt: skip
 
 
@@ -617,8 +623,8 @@ def train_adversarial(
             often = pair_counts([*replay[style], *late])
             matched[mine] = matching(late, people_say[style], often).to(device)
             accuracies.append((real_N[mine][:, None] > fake_N[mine][None, :]).float().mean().item())
-            vital[_named("d_real", style, styles)] = real_N[mine].sigmoid().mean().item()
-            vital[_named("d_fake", style, styles)] = fake_N[mine].sigmoid().mean().item()
+            vital[named_for("d_real", style, styles)] = real_N[mine].sigmoid().mean().item()
+            vital[named_for("d_fake", style, styles)] = fake_N[mine].sigmoid().mean().item()
         content = torch.tensor([penalty(f & CONTENT) for f in written.faults], device=device)
         form = torch.tensor([penalty(f - CONTENT) for f in written.faults], device=device)
         overlap = sibling_overlap(written.hidden, size).to(device)
@@ -763,18 +769,20 @@ def train_adversarial(
 
 def train_critic(
     captioner: Captioner, pairs: PseudoPairs, held_out: Mapping[str, Sequence[str]],
-    features: Tensor, count: int, seed: int,
+    features: Tensor, count: int, seed: int, proofreader: Proofreader | None = None,
 ) -> Critic:  # fmt: skip
     """A critic of what a captioner draws, from so many captions of each style.
 
     Of these it learns from those that obey the rules, for others are not delivered. held_out,
-    features: as for `train_adversarial`.
+    features: as for `train_adversarial`. proofreader: if it has learned a verdict, captions are
+    accepted by their odds times their probability to be fit, as far as phrases tell it.
     """
     random = np.random.default_rng([seed, 31])
     tokenizer, decoding = captioner.tokenizer, captioner.decoding
     people: dict[str, list[list[int]]] = {}
     captions: dict[str, list[list[int]]] = {}
     apart: dict[str, tuple[list[list[int]], list[list[int]]]] = {}
+    weights: dict[str, list[float]] = {}
     captioner.decoding = replace(decoding, best_of=1, max_candidates=1)
     for style in [style for style in pairs.plain if pairs.plain[style]]:
         voice, watched = voices(pairs, held_out, style)
@@ -798,6 +806,10 @@ def train_critic(
         learned = max(1, len(hidden) * 4 // 5)
         people[style] = hidden_ids(voice, tokenizer)
         captions[style] = hidden[:learned] + hidden_ids(formal, tokenizer)
+        if proofreader and proofreader.weights is not None:
+            # people's density over that of captions, each as often as one has to be drawn again
+            fit = proofreader.probability(kept[:learned])
+            weights[style] = [*(1 / fit.clip(LEAST_FIT)).tolist(), *([1.0] * len(formal))]
         apart[style] = hidden_ids(watched, tokenizer), hidden[learned:]
     captioner.decoding = decoding
-    return Critic.fit(people, captions, apart)
+    return Critic.fit(people, captions, apart, weights)

@@ -247,12 +247,18 @@ sentences of about their length have no weight.
 
 """
 
+_JUDGED = """\
+A pretrained language model proofreads. It has learned from captions that somebody read which of
+them are fit to print; captions that it finds unfit have no weight.
+
+"""
+
 
 def _adversarial_method(config: Mapping[str, Any]) -> str:
     """A paragraph for each part and what follows it; nothing where the stage did not run."""
     rounds = _ROUNDS * bool(config.get("rounds"))
     if config.get("proofreader"):
-        rounds += _PROOFREADER * bool(rounds)
+        rounds += (_JUDGED if config.get("judged") else _PROOFREADER) * bool(rounds)
     if not config.get("adversarial_steps"):
         return (rounds + _CRITIC) * bool(rounds)
     game = {

@@ -50,11 +50,13 @@ class Critic:
         cls, people: Mapping[str, Sequence[list[int]]],
         captions: Mapping[str, Sequence[list[int]]],
         held_out: Mapping[str, tuple[Sequence[list[int]], Sequence[list[int]]]],
+        weights: Mapping[str, Sequence[float]] | None = None,
     ) -> Critic:  # fmt: skip
         """Logistic regression, for each style of its own.
 
         people, captions: style → sentences as token ids, their topic hidden. held_out: style →
-        others of both, by which the odds are calibrated.
+        others of both, by which the odds are calibrated. weights: of the captions; one that counts
+        twice as much is accepted half as often.
         """
         count = len(people)
         critic = cls(
@@ -63,8 +65,9 @@ class Critic:
         )  # fmt: skip
         for style, real in people.items():
             number = critic.styles.index(style)
-            weights, shift = _fit(real, captions[style])
-            critic.weights[number], critic.shift[number] = weights, shift
+            counts = (weights or {}).get(style) or [1.0] * len(captions[style])
+            phrases, shift = _fit(real, captions[style], torch.tensor(counts))
+            critic.weights[number], critic.shift[number] = phrases, shift
             ours, theirs = held_out.get(style, ((), ()))
             if min(len(ours), len(theirs)) >= LEAST_CALIBRATED:
                 scores = critic.log_odds(ours, style), critic.log_odds(theirs, style)
@@ -120,14 +123,17 @@ def _phrases(hidden: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
     return numbers, there / there.sum(1, keepdim=True).clamp(min=1).sqrt()
 
 
-def _fit(real: Sequence[list[int]], fake: Sequence[list[int]]) -> tuple[Tensor, float]:
-    """Weights [H] and shift; both sides count alike, a rare phrase more than a frequent one."""
+def _fit(
+    real: Sequence[list[int]], fake: Sequence[list[int]], counts: Tensor
+) -> tuple[Tensor, float]:
+    """Weights [H] and shift; both sides count alike, a rare phrase more than a frequent one.
+
+    counts: how much each of the fake sentences counts, compared with the others.
+    """
     phrases, values = _phrases([*real, *fake])
     count = len(phrases)
     target = torch.cat([torch.ones(len(real)), torch.zeros(len(fake))])
-    share = torch.cat([
-        torch.full((len(real),), 0.5 / len(real)), torch.full((len(fake),), 0.5 / len(fake))
-    ])  # fmt: skip
+    share = torch.cat([torch.full((len(real),), 0.5 / len(real)), 0.5 * counts / counts.sum()])
     known = torch.zeros(PHRASES).scatter_add_(0, phrases.flatten(), (values > 0).float().flatten())
     rarity = (torch.log((count + 1) / (known + 1)) + 1) * (known >= 2)
     values = values * rarity[phrases]

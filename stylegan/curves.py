@@ -65,8 +65,9 @@ PANELS: dict[str, list[Panel]] = {
         ),
         Panel(
             "adversarial", "Contradicted or invented, share",
-            {"contradiction": "contradicted", "invented": "invented words"},
-            "Captions that say what the product is not; words that nobody uses.", main=True,
+            {"contradiction": "contradicted", "invented": "invented words", "unfit": "unfit"},
+            "Captions that say what the product is not; words that nobody uses; captions that the "
+            "proofreader finds unfit, where there is one.", main=True,
         ),
         Panel(
             "adversarial", "Form, share", {"unfinished": "unfinished", "repeated": "repeated"},

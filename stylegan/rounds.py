@@ -32,6 +32,7 @@ from stylegan.adversarial import (
     discriminator_optimiser,
     discriminator_step,
     keep_samples,
+    named_for,
     people_of,
     quality,
     score,
@@ -119,14 +120,19 @@ def drawn_of(
 
 
 def keep_written(
-    pairs: PseudoPairs, reader: Tokenizer, rules: Rules, names: Sequence[str], process: Process
-) -> Drawn:
-    """Those written examples that obey the rules, of them this process's part; drops the others."""
+    pairs: PseudoPairs, reader: Tokenizer, rules: Rules, names: Sequence[str], process: Process,
+    proofreader: Proofreader | None = None,
+) -> Drawn:  # fmt: skip
+    """Those written examples that obey the rules, and that the proofreader passes, of them this
+    process's part; drops the others."""
     concepts_of = corpora.lexicon().concepts
     for style, rows in list(pairs.written.items()):
         own = [rows[i] for i in process.share(range(len(rows)))]
         # what a description leaves open, the product may be: the teacher was told no more
         own = [x for x in own if not rules.faults(x.text, True, concepts_of(x.description))]
+        if proofreader and own:
+            passed = proofreader.passes([x.text for x in own])
+            own = [x for x, passes in zip(own, passed, strict=True) if passes]
         pairs.written[style] = own
         if not own:
             del pairs.written[style]
@@ -232,7 +238,11 @@ def train_rounds(
     best_weights, number = [p.detach().clone() for p in trained], 0
 
     def measure() -> dict[str, float]:
-        figures, _ = watch.measure(generator, judge, device)
+        figures, captions = watch.measure(generator, judge, device)
+        if proofreader:
+            for style, written in captions.items():
+                passed = proofreader.passes(written.texts)
+                figures[named_for("unfit", style, captions)] = 1.0 - float(passed.mean())
         # no discriminator lasts long enough for its scores to be compared
         figures = process.agree({k: v for k, v in figures.items() if not k.startswith("score")})
         step = config.adversarial_steps + number
@@ -250,7 +260,7 @@ def train_rounds(
         number, first, best = resume["step"], resume["first"], resume["best"]
         best_weights = [value.to(device) for value in resume["best_weights"]]
 
-    pool = keep_written(pairs, reader, rules, names, process)
+    pool = keep_written(pairs, reader, rules, names, process, proofreader)
     is_taught = process.mean(float(len(pool.hidden) < 2 * PAIRS)) == 0
     pool_odds = pool_weights = torch.zeros(0)
     if is_taught:

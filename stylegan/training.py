@@ -57,7 +57,9 @@ class TrainingConfig:
     rounds: of the game in rounds (`rounds.py`), after the adversarial steps, if any.
     round_captions: drawn in each, all processes together. round_discriminator_steps, round_steps:
     of each discriminator and of the generator. proofreader: directory of a pretrained causal
-    language model of transformers; captions that it finds odd have no weight, "" for none.
+    language model of transformers; captions that it finds odd have no weight, "" for none. judged:
+    table of captions (text) that somebody read, with whether they are fit to print (fit: 1 or 0);
+    the proofreader learns the verdict from them, "" for none.
 
     critic_captions: that are drawn for the critic in the end, of each style; 0 for no critic.
     """
@@ -103,6 +105,7 @@ class TrainingConfig:
     round_discriminator_steps: int = 150
     round_steps: int = 200
     proofreader: str = ""
+    judged: str = ""
     watched: int = 512
     micro_batch: int = 0
     report_adversarial: int = 10

@@ -20,6 +20,7 @@ FIGURES = {
     "named": "Product named",
     "contradiction": "Contradicted",
     "invented": "Invented words",
+    "unfit": "Found unfit by the proofreader",
     "distinct_2": "Distinct-2 / people's",
     "kl": "KL, nats per token",
 }
@@ -151,7 +152,7 @@ def _sentence(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
                 f"tell from people's sentences: the AUC of the watching detector is {figures} "
                 "(0.5: it cannot tell), by which the snapshot was chosen."
             )
-    sign = {"named": -1, "contradiction": 1, "invented": 1, "distinct_2": -1}
+    sign = {"named": -1, "contradiction": 1, "invented": 1, "unfit": 1, "distinct_2": -1}
     paid = [
         f"{FIGURES[quantity].lower()} {f'({style}) ' if style else ''}{change(name)[1]}"
         for name, quantity, style in names

@@ -39,6 +39,7 @@ from stylegan.discriminator import Discriminator
 from stylegan.generator import Generator, GeneratorConfig
 from stylegan.rounds import HIGHEST_ODDS, train_rounds, weigh
 from stylegan.rules import Rules
+from stylegan.teacher import Proofreader
 from stylegan.training import Curves, Process, TrainingConfig, train_likelihood
 
 OPENINGS = ["such a lovely", "this is a really neat", "what a smart", "here is a fine"]
@@ -207,6 +208,24 @@ def test_the_first_round_is_played_with_what_a_teacher_wrote(likelihood_model: N
     assert len(opened) > 150 and np.mean(opened) > 0.5  # a quarter of what was written
     before = share(likelihood_model[0], likelihood_model[1], OPENINGS[0])
     assert share(generator, likelihood_model[1], OPENINGS[0]) > before + 0.1
+
+
+def test_what_a_proofreader_finds_unfit_is_unlearned(
+    likelihood_model: Networks, tmp_path: Path
+) -> None:
+    """People open in four ways, of which who read the captions finds one unfit."""
+    write_pretrained(tmp_path, "decoder")
+    people = [text for text in SENTENCES if not text.startswith(OPENINGS[0])]
+    judged = [(text, not text.startswith(OPENINGS[0])) for text in SENTENCES * 2]
+    proofreader = Proofreader(tmp_path, people, judged=judged)
+    pairs = PseudoPairs(products(), {"colloquial": SENTENCES * 3})
+    generator, verdict, curves = play_rounds(
+        likelihood_model, pairs, replace(ROUNDS, likelihood_weight=0.0), proofreader=proofreader
+    )
+    before = share(likelihood_model[0], likelihood_model[1], OPENINGS[0])
+    assert share(generator, likelihood_model[1], OPENINGS[0]) < before / 2
+    assert verdict["after"]["unfit"] < verdict["before"]["unfit"]
+    assert all("unfit" in row for row in curves.rows if row["stage"] == "adversarial held-out")
 
 
 def test_rounds_end_when_there_is_nothing_to_learn_from(likelihood_model: Networks) -> None:

@@ -68,7 +68,9 @@ def test_the_model_card_tells_of_the_adversarial_stage_where_it_ran() -> None:
     for term in ("in rounds", "MaliGAN", "caption_score"):
         assert term in rounds and (term == "caption_score" or term not in both + alone)
     assert "RLOO" not in rounds and "proofreads" not in rounds
-    assert "proofreads" in model_card({}, settings | {"rounds": 2, "proofreader": "LM"}, "")
+    proofread = settings | {"rounds": 2, "proofreader": "LM"}
+    assert "odder" in model_card({}, proofread, "")
+    assert "unfit" in model_card({}, proofread | {"judged": "verdicts.csv"}, "")
     assert "\n\n\n" not in both + alone + rounds
     assert "    --backbone 'my models/a'" in both
 

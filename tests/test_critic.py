@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,16 @@ def test_styles_are_judged_apart(people: list[list[int]]) -> None:
     critic = Critic.fit({"a": people[:300], "b": worn}, {"a": worn, "b": people[:300]}, {})
     marked = [[77, 88, *people[0][2:]]]
     assert critic.log_odds(marked, "a") < 0 < critic.log_odds(marked, "b")
+
+
+def test_captions_that_count_more_are_accepted_less_often(people: list[list[int]]) -> None:
+    fake = worn_out(people, 3000, 1)
+    marked = torch.tensor([row[0] == 77 for row in fake])
+    counts = torch.where(marked, 4.0, 1.0).tolist()
+    plain = Critic.fit({"a": people}, {"a": fake}, {}).log_odds(fake, "a")
+    other = Critic.fit({"a": people}, {"a": fake}, {}, {"a": counts}).log_odds(fake, "a")
+    difference = (other - plain)[marked].mean() - (other - plain)[~marked].mean()
+    assert difference.item() == pytest.approx(-math.log(4), abs=0.5)
 
 
 def test_it_comes_back_from_disk(people: list[list[int]], tmp_path: Path) -> None:

@@ -93,8 +93,26 @@ def test_a_proofreader_passes_what_reads_like_people(language: Path, tmp_path: P
     assert 0.6 < proofreader.passes(SENTENCES).mean() < 0.9
     assert proofreader.passes(shuffled).mean() < 0.2
     # a sentence is judged by itself
-    alone = proofreader.surprise(SENTENCES[:1])
-    assert alone[0] == pytest.approx(proofreader.surprise(SENTENCES)[0], abs=0.05)
+    alone = proofreader.read(SENTENCES[:1])
+    assert torch.allclose(alone[0], proofreader.read(SENTENCES)[0], atol=0.05)
+    with pytest.raises(ValueError, match="too few judged"):
+        proofreader.probability(SENTENCES)
+
+
+def test_a_proofreader_learns_the_verdict_of_who_read_captions(language: Path) -> None:
+    """Whatever it is: here that ties are unfit, which no surprise tells."""
+    sentences = [f"{text[:-1]}, {more}" for text in SENTENCES
+                 for more in ("really.", "honestly!", "no doubt.", "of course.")]  # fmt: skip
+    judged = [(text, "tie" not in text) for text in sentences]
+    learned = [pair for i, pair in enumerate(judged) if i % 3]
+    proofreader = Proofreader(language, SENTENCES, judged=learned[:96])  # 32 that are unfit
+    assert proofreader.weights is None
+    good = [text for text, is_fit in judged if is_fit]
+    proofreader = Proofreader(language, good, judged=learned * 2)
+    probability = proofreader.probability([text for text, _ in judged[::3]])
+    fit = np.array([is_fit for _, is_fit in judged[::3]])
+    assert probability[fit].min() > probability[~fit].max()
+    assert (proofreader.passes([text for text, _ in judged[::3]]) <= fit).all()
 
 
 def test_a_lesson_is_mostly_pairs_of_people() -> None:

@@ -249,11 +249,18 @@ def test_a_trained_model_plays_rounds(trained: Path, inputs: Path, tmp_path: Pat
 def test_what_begins_from_another_model_says_why_it_cannot(
     trained: Path, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    verdicts, few = tmp_path / "verdicts.csv", tmp_path / "few.csv"
+    verdicts.write_text("text,fit\nsuch a watch.,yes\n")
+    few.write_text("text,fit\nsuch a watch.,1\n")
     for more, why in (
         (["--start", str(trained), "--likelihood-steps", "0", "--discriminator", str(tmp_path)],
          "give a directory with the config.json"),
         (["--start", str(trained), "--likelihood-steps", "0", "--adversarial-steps", "0",
           "--rounds", "1", "--proofreader", str(tmp_path)], "of a causal language model"),
+        (["--judged", str(verdicts)], "needs a --proofreader"),
+        (["--proofreader", str(tmp_path), "--judged", str(verdicts)], "has fit 'yes'"),
+        (["--proofreader", str(tmp_path), "--judged", str(few)], "has 1 captions that are fit"),
+        (["--proofreader", "any", "--judged", str(inputs / "sentences.txt")], "column 'fit'"),
     ):  # fmt: skip
         steps = ["--backbone-epochs", "1", "--likelihood-steps", "1"]
         assert run_job(arguments(inputs, tmp_path / "model", *steps, *more)) == 2, why
