@@ -216,12 +216,13 @@ def test_what_a_proofreader_finds_unfit_is_unlearned(
     """People open in four ways, of which who read the captions finds one unfit."""
     write_pretrained(tmp_path, "decoder")
     people = [text for text in SENTENCES if not text.startswith(OPENINGS[0])]
-    judged = [(text, not text.startswith(OPENINGS[0])) for text in SENTENCES * 2]
+    judged = [(text, not text.startswith(OPENINGS[0])) for text in SENTENCES * 10]
     proofreader = Proofreader(tmp_path, people, judged=judged)
     pairs = PseudoPairs(products(), {"colloquial": SENTENCES * 3})
     generator, verdict, curves = play_rounds(
-        likelihood_model, pairs, replace(ROUNDS, likelihood_weight=0.0), proofreader=proofreader
-    )
+        likelihood_model, pairs, replace(ROUNDS, likelihood_weight=0.0, round_captions=640),
+        proofreader=proofreader,
+    )  # fmt: skip
     before = share(likelihood_model[0], likelihood_model[1], OPENINGS[0])
     assert share(generator, likelihood_model[1], OPENINGS[0]) < before / 2
     assert verdict["after"]["unfit"] < verdict["before"]["unfit"]
