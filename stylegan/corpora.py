@@ -124,18 +124,26 @@ _MANY_HAS = re.compile(
     r"\b(these|they|both)\b[^.!?]* (and|but|,) (has|is|was|looks|feels|fits|goes|comes|works)\b"
     r"|\b(makes?|made|lets?|on|of|for|with) they\b"
 )
+_PRAISE = (
+    r"(great|perfect|beautiful|lovely|nice|cute|gorgeous|pretty|delightful|wonderful|amazing|soft|comfortable"
+    r"|fantastic|stunning|adorable|versatile|flattering|fabulous)"
+)
+# "this milk is a great!", "a such a cute top"
+_NO_NOUN = re.compile(rf"\b(a|an) (very |so |really |super )?{_PRAISE}(?=[.!?]|$)|\ba such a\b")
+# "this is perfect handbag"
+_NO_ARTICLE = re.compile(rf"\b(is|it's|that's) (very |so |really |super )?{_PRAISE}$")
 _TWICE = re.compile(r"\b(\w{4,})( and| or| to)?( so| very| super)? \1\b")
 
 
 def is_well_formed(text: str) -> bool:
     """Whether products agree in number with their articles and verbs, and no word is said twice.
 
-    "These belt are nice.", "this shoes", "a shorts", "a elegant", "soft and soft" and "one-shirt"
-    are not. It
+    "These belt are nice.", "this shoes", "a shorts", "a elegant", "soft and soft", "is a great!",
+    "is perfect bag" and "one-shirt" are not. It
     finds the commonest slips, no more; a pair of shoes is one, and so is what has a noun after it.
     """
     text = normalise(text)
-    if any(slip.search(text) for slip in (_TWICE, _ARTICLE, _MANY_HAS)):
+    if any(slip.search(text) for slip in (_TWICE, _ARTICLE, _MANY_HAS, _NO_NOUN)):
         return False
     for mention in lexicon().mentions(text):
         if not mention.types:
@@ -144,6 +152,10 @@ def is_well_formed(text: str) -> bool:
             return False
         before, after = text[: mention.start].rstrip(), text[mention.end :]
         singular = lexicon().is_singular(mention.form)
+        # of food there is some: "it is great milk"
+        bare = singular and _NO_ARTICLE.search(before) and not mention.types & lexicon().food
+        if bare and re.match(r" (for|with|that|to|in|when|and)\b|[.,!?]|$", after):
+            return False
         followed = re.match(r"( (is|are|has|have|was|looks?|feels?|makes?)\b|[.,!?]|$)", after)
         if singular is None or (singular and not followed):  # "these belt loops"
             continue

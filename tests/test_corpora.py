@@ -129,6 +129,12 @@ def test_verdict(caption: str, description: str, named: bool, contradicts: bool)
         ("It is the perfect jeans.", False),
         ("This is gorgeous flowy jeans.", False),
         ("It is the perfect pair of jeans.", True),
+        ("This watch is a great!", False),
+        ("This is a great, light dress.", True),
+        ("It is a such a cute dress.", False),
+        ("This is perfect handbag for fall.", False),
+        ("This handbag is perfect.", True),
+        ("It is great milk.", True),
         ("It's so cute with jeans.", True),
     ],
 )
