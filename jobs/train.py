@@ -66,7 +66,7 @@ from stylegan.losses import LOSSES
 from stylegan.rounds import train_rounds
 from stylegan.rules import Rules
 from stylegan.samples import write_samples
-from stylegan.teacher import LEAST_JUDGED, Proofreader
+from stylegan.teacher import Proofreader
 from stylegan.training import (
     Curves,
     NonFiniteLoss,
@@ -87,6 +87,7 @@ DEMONSTRATION: dict[str, Any] = {
     "report_every": 100, "critic_captions": 3000,
 }  # fmt: skip
 # how a trained model draws its captions: see README, Measured
+LEAST_JUDGED = 50  # captions of each verdict
 DELIVERED = {"temperature": 0.9, "max_surprise": 1.5, "selectivity": 5.0, "max_candidates": 20}
 # sentences left out of all training, to choose weights by and to watch the game with: one in so
 # many, and of those that name a product
@@ -519,8 +520,8 @@ def fit(
             save=checkpoint, log=log,
         )  # fmt: skip
         resume = None
-    proofreader = None
-    if config.rounds > 0 or config.critic_captions > 0:
+    proofreader, fits_critic = None, config.critic_captions > 0 and process.rank == 0
+    if config.rounds > 0 or (config.judged and fits_critic):
         proofreader = begin_proofreader(config, pairs, process)
     if config.rounds > 0:
         reference = copy.deepcopy(generator)  # what discriminators of every round begin with
@@ -531,7 +532,7 @@ def fit(
         )  # fmt: skip
         before = (verdict or rounds)["before"]  # of the game, too, what rounds also measure
         verdict = rounds | {"before": {name: before[name] for name in rounds["before"]}}
-    if config.critic_captions > 0 and process.rank == 0:
+    if fits_critic:
         log(f"critic  learns from {config.critic_captions:,} captions of each style")
         captioner.critic = train_critic(
             captioner, pairs, data.voice.dev, features, config.critic_captions, config.seed,

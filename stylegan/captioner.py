@@ -166,6 +166,7 @@ class _Generated:
     finished: bool  # whether it ended by itself
     luck: float  # a number from (0, 1] of the row's own stream, against which it is accepted
 
+
 @dataclass(frozen=True, slots=True)
 class _Candidate:
     text: str

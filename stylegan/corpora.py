@@ -139,8 +139,8 @@ def is_well_formed(text: str) -> bool:
     """Whether products agree in number with their articles and verbs, and no word is said twice.
 
     "These belt are nice.", "this shoes", "a shorts", "a elegant", "soft and soft", "is a great!",
-    "is perfect bag" and "one-shirt" are not. It
-    finds the commonest slips, no more; a pair of shoes is one, and so is what has a noun after it.
+    "is perfect bag" and "one-shirt" are not. It finds the commonest slips, no more; a pair of shoes
+    is one, and so is what has a noun after it.
     """
     text = normalise(text)
     if any(slip.search(text) for slip in (_TWICE, _ARTICLE, _MANY_HAS, _NO_NOUN)):
@@ -564,13 +564,10 @@ class PseudoPairs:
             for kind in concepts.head:
                 by_kind[kind].append(index)
         self.by_kind = dict(by_kind)
-        self._names = [
-            word
-            for title in sorted({title for product in products for title in product.titles})
-            if len(title.split()) <= LONGEST_TITLE
-            for word in title.split()
-            if not lexicon().mentions(word)
-        ]
+        titles = sorted({title for product in products for title in product.titles})
+        words = [w for t in titles if len(t.split()) <= LONGEST_TITLE for w in t.split()]
+        meaning = {word for word in set(words) if lexicon().mentions(word)}
+        self._names = [word for word in words if word not in meaning]
         self.plain: dict[str, list[str]] = {}  # nothing known: learned without a condition
         self.paired: dict[str, list[_Pair]] = {}
         self.supported: dict[str, list[_Pair]] = {}
@@ -743,7 +740,8 @@ class PseudoPairs:
         """
         if not self._names or random.random() < 0.5 or len(title.split()) > LONGEST_TITLE:
             return title
-        mentions, said = lexicon().mentions(title), normalise(text)
+        mentions = lexicon().mentions(title)
+        said = {word[:5] for word in re.findall(r"[\w'-]+", normalise(text))}
         words = []
         for match in re.finditer(r"\S+", title):
             chance, word = random.random(), match[0]

@@ -8,7 +8,7 @@ few captions earn. Here thousands of captions are drawn at once. A caption's wei
 likelier people are to write it than the generator is, as a discriminator says that has settled and
 has not seen it: maximum likelihood on weighted captions of its own takes the generator to people's
 distribution (MaliGAN: Che et al., 2017). What breaks the rules weighs nothing, for it is not
-delivered, nor what a proofreader finds odd, if there is one. Where there are captions that a
+delivered, nor what a proofreader finds unfit, if there is one. Where there are captions that a
 teacher has written (`teacher.py`), the first round is played with those: it writes better, and its
 weighted captions stay beside the generator's own.
 

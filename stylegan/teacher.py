@@ -42,7 +42,6 @@ WRITTEN = 40  # tokens of a sentence that is written
 ORDINARY = 0.75  # share of people's sentences that are no odder than may be learned
 COMPARED = 1200  # sentences of people that are compared with
 LENGTHS = (5, 7, 10, 14)  # words at which sentences are told apart by their length
-LEAST_JUDGED = 50  # captions of each verdict
 FIT = 0.7  # probability from which on a caption passes
 STIFFNESS = 300.0  # weight of the squared weights of a verdict, beside summed losses
 DEPTHS = (0.27, 0.53, 0.8, 1.0)  # of the layers whose hidden states a verdict is learned from
@@ -213,16 +212,16 @@ class Teacher:
 class Proofreader:
     """Tells captions that a shop could print from those that make no sense.
 
-    judged: captions with whether somebody who read them found them fit to print. With enough of
-    both kinds, the verdict is learned from what a pretrained language model makes of a sentence:
-    its surprise, and its hidden states (logistic regression). People's sentences count as fit, half
-    as many as the captions, or long sentences would be unfit because long captions are. The
-    discriminator is no help here, for people are careless too: of 800 captions it told fit from
-    unfit with an AUC of .6, surprise alone with one of .79, a learned verdict with one of .86, .80
-    with people's sentences beside.
+    judged: captions with whether somebody who read them found them fit to print. From them the
+    verdict is learned, by what a pretrained language model makes of a sentence: its surprise, and
+    its hidden states (logistic regression). People's sentences count as fit, half as many as the
+    captions, or long sentences would be unfit because long captions are. The discriminator is no
+    help here, for people are careless too: of 800 captions it told fit from unfit with an AUC of
+    .6, surprise alone with one of .79, a learned verdict with one of .86, .80 with people's
+    sentences beside.
 
-    With fewer, captions are passed that are no odder than most of people's of their length, after a
-    few of people's. people: sentences of a voice. Raises OSError or ValueError as
+    Without them, captions are passed that are no odder than most of people's of their length, after
+    a few of people's. people: sentences of a voice. Raises OSError or ValueError as
     `Teacher.from_pretrained` does.
     """
 
@@ -236,8 +235,7 @@ class Proofreader:
         drawn = [people[i] for i in random.permutation(len(people))[: 3 + COMPARED]]
         first, compared = drawn[:3], drawn[3:]
         self.weights: Tensor | None = None
-        fit = sum(is_fit for _, is_fit in judged)
-        if min(fit, len(judged) - fit) >= LEAST_JUDGED:
+        if judged:
             self.context = self.model.encode("\n")  # what sentences are like, it learns
             self.learn([*judged, *((text, True) for text in drawn[: len(judged) // 2])])
             return
@@ -276,21 +274,20 @@ class Proofreader:
                 reduction="none",
             ) * said  # fmt: skip
             oddest, total = nats.topk(min(3, width)).values, nats.sum(1)
-            parts = [total / lengths, oddest[:, 0], oddest.mean(1), total, lengths.float()]
-            states = output.hidden_states
+            counted = (total / lengths, oddest[:, 0], oddest.mean(1), total, lengths.float())
+            parts, states = [torch.stack(counted, 1)], output.hidden_states
             for depth in DEPTHS:
                 hidden = states[round(depth * (len(states) - 1))][:, begin:].float()
-                parts += [((hidden * said[..., None]).sum(1) / lengths[:, None]).T]
-            parts += [hidden[torch.arange(len(tokens)), lengths - 1].T]
-            rows += [torch.vstack([p if p.dim() > 1 else p[None] for p in parts]).T.cpu()]
-        read = torch.cat(rows)
-        return read[torch.argsort(torch.tensor(order))]
+                parts.append((hidden * said[..., None]).sum(1) / lengths[:, None])
+            parts.append(hidden[torch.arange(len(tokens)), lengths - 1])
+            rows.append(torch.cat(parts, 1).cpu())
+        return torch.cat(rows)[torch.argsort(torch.tensor(order))]
 
     def learn(self, judged: Sequence[tuple[str, bool]]) -> None:
         """Fits the verdict, in place."""
         read = self.read([text for text, _ in judged]).double()
         self.mean, self.scale = read.mean(0), read.std(0).clamp(min=1e-6)
-        features = F.pad((read - self.mean) / self.scale, (0, 1), value=1.0)
+        features = self._scaled(read)
         verdict = torch.tensor([float(is_fit) for _, is_fit in judged], dtype=torch.float64)
         weights = torch.zeros(features.shape[1], dtype=torch.float64, requires_grad=True)
         optimiser = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
@@ -308,10 +305,13 @@ class Proofreader:
     def probability(self, texts: Sequence[str]) -> npt.NDArray[np.float64]:
         """Of sentences [N] to be found fit to print; only with a verdict that was learned."""
         if self.weights is None:
-            raise ValueError("no verdict was learned: too few judged captions")
-        features = (self.read(texts).double() - self.mean) / self.scale
-        odds = F.pad(features, (0, 1), value=1.0) @ self.weights
+            raise ValueError("no verdict was learned: give judged captions")
+        odds = self._scaled(self.read(texts).double()) @ self.weights
         return np.asarray(odds.sigmoid().numpy())
+
+    def _scaled(self, read: Tensor) -> Tensor:
+        """[N, F] → [N, F + 1], in deviations, with a constant."""
+        return F.pad((read - self.mean) / self.scale, (0, 1), value=1.0)
 
     def passes(self, texts: Sequence[str]) -> npt.NDArray[np.bool_]:
         """Which sentences [N] are fit to print; without a verdict, which are no odder than

@@ -95,7 +95,7 @@ def test_a_proofreader_passes_what_reads_like_people(language: Path, tmp_path: P
     # a sentence is judged by itself
     alone = proofreader.read(SENTENCES[:1])
     assert torch.allclose(alone[0], proofreader.read(SENTENCES)[0], atol=0.05)
-    with pytest.raises(ValueError, match="too few judged"):
+    with pytest.raises(ValueError, match="give judged"):
         proofreader.probability(SENTENCES)
 
 
@@ -105,8 +105,6 @@ def test_a_proofreader_learns_the_verdict_of_who_read_captions(language: Path) -
                  for more in ("really.", "honestly!", "no doubt.", "of course.")]  # fmt: skip
     judged = [(text, "tie" not in text) for text in sentences]
     learned = [pair for i, pair in enumerate(judged) if i % 3]
-    proofreader = Proofreader(language, SENTENCES, judged=learned[:96])  # 32 that are unfit
-    assert proofreader.weights is None
     good = [text for text, is_fit in judged if is_fit]
     proofreader = Proofreader(language, good, judged=learned * 2)
     probability = proofreader.probability([text for text, _ in judged[::3]])

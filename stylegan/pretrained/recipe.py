@@ -6,9 +6,11 @@ DATA holds the folders described in the model card (fashion, street, grocery, co
 ENCODER are directories of SmolLM2-135M-Instruct and of all-MiniLM-L6-v2 as transformers saves them.
 BUILD gets `catalog.csv` (image, description, title, type, colour, gender, split), `colloquial.csv`
 (text, tier, source) and `written.csv`, then `model/`. The drawn samples and the embedded corpus of
-this package are added to the first two, and `judged.csv` of it has what was read for the
-proofreader: captions of an earlier model, and whether they were found fit to print. Run again
-after a stop, the training goes on from its last checkpoint. Without a GPU it takes many hours.
+this package are added to the first two. Run again after a stop, the training goes on from its last
+checkpoint. Without a GPU it takes many hours.
+
+`judged.csv` beside this file has captions of the shipped model, and whether one reader found them
+fit to print; they are for the next one (`jobs.train --judged`), and have no part in this.
 """
 
 from __future__ import annotations
@@ -84,8 +86,8 @@ ABLATIONS: dict[str, list[str]] = {
     "rounds": ROUNDS,
     "no discriminator": [*ROUNDS, "--discriminator-rate", "0"],
     "nothing pretrained judges": [*ROUNDS, "--discriminator", ""],
-    "no verdicts": [*ROUNDS, "--judged", ""],
-    "no proofreader": [*ROUNDS, "--proofreader", "", "--judged", ""],
+    "verdicts": [*ROUNDS, "--judged", str(Path(__file__).parent / "judged.csv")],
+    "no proofreader": [*ROUNDS, "--proofreader", ""],
     "no likelihood": [*ROUNDS, "--likelihood-weight", "0"],
     "policy gradient": GAME,
     "policy gradient, no KL": [*GAME, "--kl-target", "0"],
@@ -181,7 +183,7 @@ def main() -> None:
     inputs = ["--catalog", catalog_file, "--colloquial", sentences_file]
     start = [
         *inputs, written, "--start", likelihood, *START, "--discriminator", encoder,
-        "--proofreader", lm, "--judged", str(Path(__file__).parent / "judged.csv"),
+        "--proofreader", lm,
     ]  # fmt: skip
 
     def run(job: str, *line: str) -> None:
