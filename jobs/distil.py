@@ -4,6 +4,9 @@
         --output written.csv
     python -m jobs.train --catalog catalog.csv --colloquial sentences.csv written.csv …
 
+With `--judged verdicts.csv` (`text`, `fit`: 1 where you would print the caption, 0 where not) the
+LM learns that verdict too, as it came, and what it finds unfit is left out.
+
 LM is the directory of a causal language model of transformers (config.json, weights,
 tokenizer.json), of some hundred million parameters: it is tuned on the sentences for minutes on a
 GPU, and writes captions of the catalogue's descriptions. The table has the columns `text`,
@@ -25,10 +28,18 @@ import pyarrow as pa
 import pyarrow.csv
 import torch
 
-from jobs.train import EMBEDDED, InputError, held_out_examples, products_of, read_rows, read_voice
+from jobs.train import (
+    EMBEDDED,
+    InputError,
+    held_out_examples,
+    products_of,
+    read_judged,
+    read_rows,
+    read_voice,
+)
 from stylegan.catalog import resolve_filesystem
 from stylegan.corpora import Example, PseudoPairs
-from stylegan.teacher import Teacher, TeacherConfig, distil
+from stylegan.teacher import Proofreader, Teacher, TeacherConfig, distil
 from stylegan.training import Curves, NonFiniteLoss
 
 
@@ -52,6 +63,7 @@ def write_table(uri: str, examples: list[Example]) -> None:
 def run(arguments: argparse.Namespace, config: TeacherConfig) -> int:
     """→ how many examples were written. Raises InputError."""
     voice = read_voice(arguments.colloquial)
+    judged = read_judged(arguments.judged) if arguments.judged else []
     rows = [row for row in read_rows(arguments.catalog) if row.get("split") != "val"]
     products = products_of(rows)
     if not products:
@@ -75,6 +87,17 @@ def run(arguments: argparse.Namespace, config: TeacherConfig) -> int:
             f"none of {config.captions:,} captions names its product and says nothing false of it: "
             "train the teacher longer (--steps), or give it more sentences"
         )
+    if judged:
+        people = [text for style in pairs.plain for text in pairs.people[style]]
+        proofreader = Proofreader(Path(arguments.teacher), people, device, judged)
+        passed = proofreader.passes([example.text for example in examples])
+        log(f"left out  unfit {1 - passed.mean():.1%} of {len(examples):,}")
+        examples = [x for x, passes in zip(examples, passed, strict=True) if passes]
+        if not examples:
+            raise InputError(
+                f"--judged {arguments.judged}: no caption that was written is fit by this verdict; "
+                "judge some of this teacher's captions too, of which it may know nothing"
+            )
     write_table(arguments.output, examples)
     return len(examples)
 
@@ -94,6 +117,7 @@ def main() -> int:
         help=f"as for jobs.train, `{EMBEDDED}` too",
     )  # fmt: skip
     parser.add_argument("--teacher", required=True, help="directory of a causal language model")
+    parser.add_argument("--judged", default="", help="table of captions that somebody read")
     parser.add_argument("--output", required=True, help="CSV table, on disk or s3://")
     for field in dataclasses.fields(TeacherConfig):
         parser.add_argument(

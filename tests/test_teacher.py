@@ -170,6 +170,31 @@ def test_the_job_writes_a_table_that_training_reads(
     assert all(products[x.image].description == x.description for x in shown)
 
 
+def test_what_the_reader_found_unfit_is_not_written(
+    language: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    sentences = (inputs / "voice.txt").read_text().splitlines()
+    judged = tmp_path / "judged.csv"
+    with judged.open("w", newline="") as file:
+        rows = [(text, int("lovely" not in text)) for text in sentences * 12]
+        csv.writer(file).writerows([("text", "fit"), *rows])
+    settings = ["--steps", "160", "--rate", "5e-3", "--batch", "24", "--captions", "400"]
+    shares = []
+    for more in ([], ["--judged", str(judged)]):
+        table = tmp_path / f"written{len(more)}.csv"
+        line = ["--teacher", str(language), "--output", str(table), *settings, *more]
+        assert run_distil(monkeypatch, inputs, *line) == 0
+        with table.open(newline="") as file:
+            texts = [row["text"] for row in csv.DictReader(file)]
+        shares.append(np.mean(["lovely" in text for text in texts]))
+    assert "left out  unfit" in capsys.readouterr().out
+    assert shares[0] > 0.1 and shares[1] < shares[0] / 3
+    line = ["--teacher", str(language), "--output", "x.csv", "--judged", str(inputs / "voice.txt")]
+    assert run_distil(monkeypatch, inputs, *line) == 2
+    assert "--judged" in capsys.readouterr().err
+
+
 def test_what_cannot_teach_says_why(
     language: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

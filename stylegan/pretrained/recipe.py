@@ -9,8 +9,9 @@ BUILD gets `catalog.csv` (image, description, title, type, colour, gender, split
 this package are added to the first two. Run again after a stop, the training goes on from its last
 checkpoint. Without a GPU it takes many hours.
 
-`judged.csv` beside this file has captions of the shipped model, and whether one reader found them
-fit to print; they are for the next one (`jobs.train --judged`), and have no part in this.
+`judged.csv` beside this file has 28,300 captions, of the shipped model, of its teacher and of a
+model after it, and whether who read them found them fit to print; they are for the next one
+(`--judged` of jobs.distil and jobs.train), and have no part in this.
 """
 
 from __future__ import annotations
