@@ -231,8 +231,9 @@ best by its faults and by a detector that learns anew at each measure.
 _CRITIC = """\
 When the game is over a critic takes the discriminator's place: a linear model of words and pairs of
 words, topic hidden, fitted to thousands of captions as they are delivered and to people's
-sentences. Captions are delivered by rejection sampling, in proportion to its odds, so that what
-captions say too often comes no more often than people say it.
+sentences. Where `generation_config.json` has a `selectivity` above 1, captions are delivered by
+rejection sampling, in proportion to its odds, so that what captions say too often comes no more
+often than people say it.
 `caption_score` is its verdict on a caption, from 0 to 1: the probability that a person wrote the
 sentence, were captions and people's sentences equally frequent. It is calibrated (Platt scaling) on
 people's sentences and captions that it did not learn from. It judges the voice, not whether the
