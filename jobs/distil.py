@@ -31,6 +31,7 @@ import torch
 from jobs.train import (
     EMBEDDED,
     InputError,
+    begin_proofreader,
     held_out_examples,
     products_of,
     read_judged,
@@ -39,7 +40,7 @@ from jobs.train import (
 )
 from stylegan.catalog import resolve_filesystem
 from stylegan.corpora import Example, PseudoPairs
-from stylegan.teacher import Proofreader, Teacher, TeacherConfig, distil
+from stylegan.teacher import Teacher, TeacherConfig, distil
 from stylegan.training import Curves, NonFiniteLoss
 
 
@@ -88,8 +89,7 @@ def run(arguments: argparse.Namespace, config: TeacherConfig) -> int:
             "train the teacher longer (--steps), or give it more sentences"
         )
     if judged:
-        people = [text for style in pairs.plain for text in pairs.people[style]]
-        proofreader = Proofreader(Path(arguments.teacher), people, device, judged)
+        proofreader = begin_proofreader(arguments.teacher, judged, pairs, device)
         passed = proofreader.passes([example.text for example in examples])
         log(f"left out  unfit {1 - passed.mean():.1%} of {len(examples):,}")
         examples = [x for x, passes in zip(examples, passed, strict=True) if passes]

@@ -35,7 +35,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -428,18 +428,15 @@ def begin_discriminator(config: TrainingConfig, generator: Generator) -> Discrim
 
 
 def begin_proofreader(
-    config: TrainingConfig, pairs: corpora.PseudoPairs, process: Process
-) -> Proofreader | None:
-    """What --proofreader names, None without one."""
-    if not config.proofreader:
-        return None
+    directory: str, judged: Sequence[tuple[str, bool]], pairs: corpora.PseudoPairs, device: str
+) -> Proofreader:
+    """The proofreader of a directory, which learns the verdict of what was judged, if any was."""
     people = [text for style in pairs.plain for text in (pairs.people[style] or pairs.plain[style])]
-    judged = read_judged(config.judged) if config.judged else []
     try:
-        return Proofreader(Path(config.proofreader), people, process.device, judged)
+        return Proofreader(Path(directory), people, device, judged)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"--proofreader {config.proofreader}: {str(error).splitlines()[0]}; give a directory "
+            f"--proofreader {directory}: {str(error).splitlines()[0]}; give a directory "
             "with the config.json, weights and tokenizer.json of a causal language model"
         ) from error
 
@@ -521,8 +518,9 @@ def fit(
         )  # fmt: skip
         resume = None
     proofreader, fits_critic = None, config.critic_captions > 0 and process.rank == 0
-    if config.rounds > 0 or (config.judged and fits_critic):
-        proofreader = begin_proofreader(config, pairs, process)
+    if config.proofreader and (config.rounds > 0 or (config.judged and fits_critic)):
+        judged = read_judged(config.judged) if config.judged else []
+        proofreader = begin_proofreader(config.proofreader, judged, pairs, process.device)
     if config.rounds > 0:
         reference = copy.deepcopy(generator)  # what discriminators of every round begin with
         rounds = train_rounds(
