@@ -20,7 +20,9 @@ The catalogue is a CSV or Parquet table: `image` (a path relative to it, or a UR
 only measured on). Sentences are a text file, one a line, or a table with a `text` column. `samples`
 stands for the drawn sample catalogue, `embedded` for the project's own colloquial corpus. Rows of a
 sentence table with a `description` are examples of what to say of such a product, as jobs.distil
-writes them: they are learned from, and are no people's.
+writes them: they are learned from, and are no people's. With a column `fit` somebody has read them:
+those of 1 are learned from, in the rounds those of 0 become unlikelier, and rows without a
+description only say what `--judged` is for.
 """
 
 from __future__ import annotations
@@ -114,16 +116,26 @@ class Data:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Voice:
     """All sentences. By style: sentences of people, support, dev (left out of all training), and
-    written: examples with what they were written for. background: sentences of no style."""
+    written: examples with what they were written for. background: sentences of no style. unfit:
+    written examples that were read and found unfit."""
 
     sentences: dict[str, list[str]]
     support: dict[str, list[str]]
     written: dict[str, list[corpora.Example]]
     background: list[str]
+    unfit: list[corpora.Example]
     dev: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     def pairs(self, products: list[corpora.Product], written_share: float) -> corpora.PseudoPairs:
         """What conditional examples are drawn from; products: those that are trained with."""
+        written = {s: self.shown(rows, products) for s, rows in self.written.items()}
+        return corpora.PseudoPairs(products, self.sentences, self.support, written, written_share)
+
+    @staticmethod
+    def shown(
+        examples: list[corpora.Example], products: list[corpora.Product]
+    ) -> list[corpora.Example]:
+        """The examples, most of them with the photograph of a product that is described so."""
         random = np.random.default_rng(0)
         sold: dict[str, list[int]] = {}
         for product in products:
@@ -136,8 +148,7 @@ class Voice:
                 return example
             return dataclasses.replace(example, image=images[random.integers(len(images))])
 
-        written = {style: [seen(row) for row in rows] for style, rows in self.written.items()}
-        return corpora.PseudoPairs(products, self.sentences, self.support, written, written_share)
+        return [seen(example) for example in examples]
 
     def rules(self) -> Rules:
         """The rules that captions obey."""
@@ -174,16 +185,28 @@ def read_table(uri: str) -> list[dict[str, str]]:
     ]
 
 
+def verdict(row: dict[str, str], number: int, source: str) -> bool:
+    """Whether the caption of a row was found fit to print."""
+    if row["fit"] not in ("0", "1"):
+        raise InputError(
+            f"{source}: row {number} has fit {row['fit']!r}; give 1 where a caption may be printed "
+            "as it is and 0 where it may not"
+        )
+    return row["fit"] == "1"
+
+
 def read_sentences(specs: list[str]) -> Voice:
     """[STYLE=]URI … → all sentences, none left out yet.
 
     A table may have a `tier` column: rows of tier `caption` are the voice, which the discriminator
     takes for real; rows of tier `support` are in the style and teach what the voice is silent of;
-    the others only teach the language. Rows with a `description` are written examples.
+    the others only teach the language. Rows with a `description` are written examples. A column
+    `fit` says that they were read: 1, fit to print, 0, not.
     """
     sentences: dict[str, list[str]] = {}
     support: dict[str, list[str]] = {}
     written: dict[str, list[corpora.Example]] = {}
+    unfit: list[corpora.Example] = []
     background: list[str] = []
     for spec in specs:
         style, _, uri = spec.rpartition("=") if "=" in spec.split("/")[0] else ("", "", spec)
@@ -196,12 +219,14 @@ def read_sentences(specs: list[str]) -> Voice:
             raise InputError(
                 f"--colloquial {spec}: no column 'text' among {', '.join(rows[0])}; name it so"
             )
-        written.setdefault(style, []).extend(
-            corpora.Example(corpora.normalise(row["text"]), style, row["description"])
-            for row in rows
-            if row.get("description")
-        )
-        rows = [row for row in rows if not row.get("description")]
+        fit = written.setdefault(style, [])
+        for number, row in enumerate(rows, 1):
+            is_fit = "fit" not in row or verdict(row, number, f"--colloquial {spec}")
+            if row.get("description"):
+                text = corpora.normalise(row["text"])
+                (fit if is_fit else unfit).append(corpora.Example(text, style, row["description"]))
+        # what was read is no person's, even where nobody knows what it was written for
+        rows = [row for row in rows if not row.get("description") and "fit" not in row]
         for tier, kept in (("caption", sentences), ("support", support)):
             texts = [row["text"] for row in rows if row.get("tier", "caption") == tier]
             kept.setdefault(style, []).extend(texts)
@@ -209,7 +234,7 @@ def read_sentences(specs: list[str]) -> Voice:
             text = corpora.normalise(row["text"])
             if row.get("tier") != "phrase" and 3 <= len(text.split()) <= 24:
                 background.append(text)
-    return Voice(sentences, support, written, background)
+    return Voice(sentences, support, written, background, unfit)
 
 
 def read_rows(uri: str) -> list[dict[str, str]]:
@@ -444,17 +469,10 @@ def begin_proofreader(
 def read_judged(uri: str) -> list[tuple[str, bool]]:
     """Captions, and whether they were found fit to print."""
     rows = read_table(uri)
-    verdicts = {"1": True, "0": False}
-    for number, row in enumerate(rows, 1):
-        for column in ("text", "fit"):
-            if column not in row:
-                raise InputError(f"--judged {uri}: no column {column!r} among {', '.join(row)}")
-        if row["fit"] not in verdicts:
-            raise InputError(
-                f"--judged {uri}: row {number} has fit {row['fit']!r}; give 1 where a caption may "
-                "be printed as it is and 0 where it may not"
-            )
-    judged = [(row["text"], verdicts[row["fit"]]) for row in rows]
+    for column in ("text", "fit"):
+        if rows and column not in rows[0]:
+            raise InputError(f"--judged {uri}: no column {column!r} among {', '.join(rows[0])}")
+    judged = [(row["text"], verdict(row, n, f"--judged {uri}")) for n, row in enumerate(rows, 1)]
     good = sum(is_fit for _, is_fit in judged)
     if min(good, len(judged) - good) < LEAST_JUDGED:
         raise InputError(
@@ -526,7 +544,8 @@ def fit(
         rounds = train_rounds(
             generator, lambda: begin_discriminator(config, reference).to(process.device), tokenizer,
             pairs, data.voice.dev, features, rules, config, process=process, curves=curves,
-            proofreader=proofreader, resume=resume, save=checkpoint, log=log,
+            proofreader=proofreader, unfit=data.voice.shown(data.voice.unfit, products),
+            resume=resume, save=checkpoint, log=log,
         )  # fmt: skip
         before = (verdict or rounds)["before"]  # of the game, too, what rounds also measure
         verdict = rounds | {"before": {name: before[name] for name in rounds["before"]}}

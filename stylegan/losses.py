@@ -98,6 +98,16 @@ def policy_gradient(log_probs_NT: Tensor, mask_NT: Tensor, advantages_N: Tensor)
     return -(advantages_N.detach() * (log_probs_NT * mask_NT).sum(1)).mean()
 
 
+def undesirable(log_ratios_N: Tensor, beta: float) -> Tensor:
+    """4/β Σ sigmoid(β log π(y)/ρ(y)): makes sequences that are not wanted unlikelier than under ρ.
+
+    KTO's loss of undesirable samples with zero as its point of reference (Ethayarajh et al., ICML
+    2024), scaled so that its slope is that of log π where π is ρ. The slope vanishes as π does:
+    what has become unlikely is left alone, where log π itself would go down for ever.
+    """
+    return 4 / beta * (beta * log_ratios_N).sigmoid().sum()
+
+
 def exact_kl(logits_NTV: Tensor, reference_NTV: Tensor) -> Tensor:
     """KL(π ‖ reference) of each next-token distribution, summed over the whole vocabulary, [N, T].
 

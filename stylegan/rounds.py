@@ -10,7 +10,8 @@ has not seen it: maximum likelihood on weighted captions of its own takes the ge
 distribution (MaliGAN: Che et al., 2017). What breaks the rules weighs nothing, for it is not
 delivered, nor what a proofreader finds unfit, if there is one. Where there are captions that a
 teacher has written (`teacher.py`), the first round is played with those: it writes better, and its
-weighted captions stay beside the generator's own.
+weighted captions stay beside the generator's own. Captions that somebody has read and found unfit
+to print are made unlikelier meanwhile.
 
 Shapes: N captions of this process, T tokens.
 """
@@ -42,6 +43,7 @@ from stylegan.adversarial import (
 from stylegan.corpora import Concepts, Example, PseudoPairs
 from stylegan.discriminator import Discriminator, hidden_ids
 from stylegan.generator import Generator
+from stylegan.losses import undesirable
 from stylegan.rules import Rules
 from stylegan.teacher import Proofreader
 from stylegan.training import (
@@ -50,6 +52,7 @@ from stylegan.training import (
     TrainingConfig,
     assign,
     caption_loss,
+    caption_nats,
     draw_examples,
     encode_batch,
     warmup_cosine,
@@ -59,6 +62,8 @@ DRAWN, DRAWN_GPU = 64, 512  # captions of one pass
 PAIRS = 32  # sentences of people, and captions, of a discriminator's step
 LEARNED = 64  # captions of a generator's step
 ANCHORED = 48  # pseudo-pairs beside them
+UNFIT = 24  # captions beside them that are to become unlikelier
+BETA = 0.3  # by how few nats they may stop doing so, see losses.undesirable
 HIGHEST_ODDS = 8.0  # the weight of a caption, at the most: few would decide all
 DECAY = 0.98  # of the mean weights
 
@@ -195,6 +200,44 @@ def weigh(log_odds_N: Tensor, group_N: Tensor, groups: int, process: Process) ->
     return weights
 
 
+class Unfit:
+    """Captions that are to become unlikelier than a generator made them when this was begun.
+
+    Each has its own noise for good: its likelihood is to change by the weights alone.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], generator: Generator, tokenizer: Tokenizer,
+        features: Tensor, process: Process,
+    ) -> None:  # fmt: skip
+        self.examples, self.generator, self.process = examples, generator, process
+        self.tokenizer, self.features = tokenizer, features
+        stream = torch.Generator().manual_seed(0)
+        self.noise_NZ = torch.randn(
+            len(examples), generator.config.noise_size, generator=stream
+        )  # fmt: skip
+        self.reference_N = torch.zeros(len(examples))
+        # of like length together, or most of a batch would be padding
+        order = sorted(range(len(examples)), key=lambda i: len(examples[i].text))
+        with torch.no_grad():
+            for start in range(0, len(order), DRAWN):
+                rows = order[start : start + DRAWN]
+                self.reference_N[rows] = self.log_probs(rows).cpu()
+
+    def log_probs(self, rows: list[int]) -> Tensor:
+        """Log-likelihood [N] of these captions, in nats."""
+        some = [self.examples[i] for i in rows]
+        batch = encode_batch(some, self.tokenizer, self.generator.config, self.features)
+        with self.process.autocast():
+            return -caption_nats(self.generator, batch, self.noise_NZ[rows], self.process.device)
+
+    def loss(self, random: np.random.Generator) -> Tensor:
+        """Of so many of them as belong to a step, a scalar."""
+        rows = random.integers(len(self.examples), size=UNFIT).tolist()
+        likely_N = self.log_probs(rows)
+        return undesirable(likely_N - self.reference_N[rows].to(likely_N.device), BETA)
+
+
 def train_rounds(
     generator: Generator,
     begin: Callable[[], Discriminator],
@@ -208,6 +251,7 @@ def train_rounds(
     process: Process,
     curves: Curves,
     proofreader: Proofreader | None = None,
+    unfit: Sequence[Example] = (),
     resume: dict[str, Any] | None = None,
     save: Callable[[dict[str, Any]], None] = lambda state: None,
     log: Callable[[str], None] = print,
@@ -215,7 +259,7 @@ def train_rounds(
     """Trains the generator, in place, for config.rounds rounds.
 
     begin: a new discriminator, the same each time. held_out, features: as for `train_adversarial`.
-    proofreader: what it does not pass has no weight.
+    proofreader: what it does not pass has no weight. unfit: what is to become unlikelier.
     Ends with the weights after the round that the watch found best. → its figures, `before` and
     `after`. Raises NonFiniteLoss.
     """
@@ -297,6 +341,10 @@ def train_rounds(
             trained, lr=config.adversarial_rate, betas=(0.9, 0.98), weight_decay=0.0
         )
         average = [p.detach().clone() for p in trained]
+        mine = [unfit[i] for i in process.share(range(len(unfit)))]
+        # by all or by none: gradients are those of all processes
+        is_pushed = config.unfit_weight > 0 and process.mean(float(not mine)) == 0
+        pushed = Unfit(mine, generator, tokenizer, features, process) if is_pushed else None
         generator.train()
         generator.vision.eval()
         nats = 0.0
@@ -307,14 +355,17 @@ def train_rounds(
                 group["lr"] = config.adversarial_rate * warmup_cosine(step, steps)
             optimiser.zero_grad(set_to_none=True)
             total = torch.zeros((), device=device)
+            tokens = torch.ones((), device=device)
             for examples, weight in (
-                ([fake.examples[i] for i in rows], 1.0), (anchor, config.likelihood_weight),
+                (anchor, config.likelihood_weight), ([fake.examples[i] for i in rows], 1.0),
             ):  # fmt: skip
                 batch = encode_batch(examples, tokenizer, generator.config, features)
                 noise = torch.randn(len(examples), generator.config.noise_size)
                 with process.autocast():
-                    loss, count = caption_loss(generator, batch, noise, device)
-                total = total + weight * loss / count
+                    loss, tokens = caption_loss(generator, batch, noise, device)
+                total = total + weight * loss / tokens
+            if pushed:  # a caption counts as much as one that is learned
+                total = total + config.unfit_weight * pushed.loss(random) / tokens
             process.check_finite(total, "adversarial", step)
             total.backward()
             process.average_gradients(trained)

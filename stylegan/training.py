@@ -56,10 +56,11 @@ class TrainingConfig:
 
     rounds: of the game in rounds (`rounds.py`), after the adversarial steps, if any.
     round_captions: drawn in each, all processes together. round_discriminator_steps, round_steps:
-    of each discriminator and of the generator. proofreader: directory of a pretrained causal
-    language model of transformers; captions that it finds odd have no weight, "" for none. judged:
-    table of captions (text) that somebody read, with whether they are fit to print (fit: 1 or 0);
-    the proofreader learns the verdict from them, "" for none.
+    of each discriminator and of the generator. unfit_weight: of making unlikelier the written
+    examples that were read and found unfit, where there are any. proofreader: directory of a
+    pretrained causal language model of transformers; captions that it finds odd have no weight, ""
+    for none. judged: table of captions (text) that somebody read, with whether they are fit to
+    print (fit: 1 or 0); the proofreader learns the verdict from them, "" for none.
 
     critic_captions: that are drawn for the critic in the end, of each style; 0 for no critic.
     """
@@ -104,6 +105,7 @@ class TrainingConfig:
     round_captions: int = 8000
     round_discriminator_steps: int = 150
     round_steps: int = 200
+    unfit_weight: float = 1.2
     proofreader: str = ""
     judged: str = ""
     watched: int = 512
@@ -522,17 +524,23 @@ def draw_examples(
     return examples
 
 
+def caption_nats(model: Generator, batch: TextBatch, noise_BZ: Tensor, device: str) -> Tensor:
+    """→ negative log-likelihood [B] of each caption, its end included, in nats."""
+    batch = batch.to(device)
+    caption = batch.caption_BT
+    logits = model(*model.prefix(*batch.conditions(), noise_BZ.to(device)), caption)
+    nats = F.cross_entropy(
+        logits.float().flatten(0, 1), caption.flatten(), ignore_index=PAD, reduction="none"
+    )
+    return nats.view(caption.shape).sum(1)
+
+
 def caption_loss(
     model: Generator, batch: TextBatch, noise_BZ: Tensor, device: str
 ) -> tuple[Tensor, Tensor]:
     """→ summed negative log-likelihood of the captions' tokens, in nats, and their number."""
-    batch = batch.to(device)
-    caption = batch.caption_BT
-    logits = model(*model.prefix(*batch.conditions(), noise_BZ.to(device)), caption)
-    loss = F.cross_entropy(
-        logits.float().flatten(0, 1), caption.flatten(), ignore_index=PAD, reduction="sum"
-    )
-    return loss, (caption != PAD).sum()
+    nats_B = caption_nats(model, batch, noise_BZ, device)
+    return nats_B.sum(), (batch.caption_BT != PAD).sum().to(device)
 
 
 @torch.no_grad()

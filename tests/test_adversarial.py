@@ -40,7 +40,7 @@ from stylegan.generator import Generator, GeneratorConfig
 from stylegan.rounds import HIGHEST_ODDS, train_rounds, weigh
 from stylegan.rules import Rules
 from stylegan.teacher import Proofreader
-from stylegan.training import Curves, Process, TrainingConfig, train_likelihood
+from stylegan.training import Curves, Process, TrainingConfig, assign, train_likelihood
 
 OPENINGS = ["such a lovely", "this is a really neat", "what a smart", "here is a fine"]
 ENDINGS = [
@@ -229,6 +229,27 @@ def test_what_a_proofreader_finds_unfit_is_unlearned(
     assert all("unfit" in row for row in curves.rows if row["stage"] == "adversarial held-out")
 
 
+def test_what_was_read_and_is_unfit_becomes_unlikelier(likelihood_model: Networks) -> None:
+    """People open in four ways; of the captions that were read those of one are unfit."""
+    unfit = [
+        Example(text, "colloquial", f"{kind.capitalize()} for men.")
+        for kind in KINDS for text in SENTENCES
+        if f" {kind} " in text and text.startswith(OPENINGS[0])
+    ]  # fmt: skip
+    told = []
+    for weight in (0.0, 3.0):
+        states: list[dict[str, Any]] = []
+        config = replace(ROUNDS, rounds=1, likelihood_weight=0.0, unfit_weight=weight)
+        generator, _, _ = play_rounds(
+            likelihood_model, likelihood_model[2], config, unfit=unfit,
+            save=lambda state, states=states: states.append(copy.deepcopy(state)),
+        )  # fmt: skip
+        # the watch compares with people, who do say it: what a round has made is looked at
+        assign([p for p in generator.parameters() if p.requires_grad], states[0]["trained"])
+        told.append(share(generator, likelihood_model[1], OPENINGS[0]))
+    assert told[0] > 0.1 and told[1] < told[0] / 2
+
+
 def test_rounds_end_when_there_is_nothing_to_learn_from(likelihood_model: Networks) -> None:
     rounds = replace(ROUNDS, round_captions=32)
     generator, verdict, _ = play_rounds(likelihood_model, likelihood_model[2], rounds)
@@ -399,8 +420,9 @@ def _rank(rank: int, size: int, port: int, directory: str, weights: Any, rounds:
             return copy.deepcopy(discriminator)
 
         train_rounds(
-            generator, begin, tokenizer, pairs, *data, few, log=lambda line: None, **told
-        )
+            generator, begin, tokenizer, pairs, *data, few, log=lambda line: None,
+            unfit=examples[:5], **told,
+        )  # fmt: skip
     else:
         train_adversarial(
             generator, discriminator, tokenizer, pairs, *data,

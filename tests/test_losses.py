@@ -117,6 +117,15 @@ def test_policy_gradient_finds_the_better_arm() -> None:
     assert logits.softmax(0)[3] > 0.9
 
 
+def test_what_is_not_wanted_is_pushed_no_further_than_it_takes() -> None:
+    ratios = torch.tensor([0.0, -30.0, 2.0], requires_grad=True)
+    loss = losses.undesirable(ratios, 0.5)
+    assert loss.item() == pytest.approx(8 * (0.5 + 1 / (1 + math.exp(-1))), rel=1e-5)
+    (slope,) = torch.autograd.grad(loss, ratios)
+    assert slope[0] == pytest.approx(1.0)  # that of a log-likelihood
+    assert 0 < slope[1] < 1e-5 and 0.5 < slope[2] < 1
+
+
 def test_exact_kl_is_that_of_the_distributions() -> None:
     p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.25, 0.25, 0.5])
     expected = 0.5 * math.log(2) - 0.25 * math.log(2)

@@ -23,7 +23,7 @@ from jobs import train as job
 from stylegan import corpora, training
 from stylegan.captioner import Captioner
 from stylegan.catalog import resolve_filesystem
-from stylegan.corpora import Example
+from stylegan.corpora import Example, Product
 from stylegan.generator import EOS, Generator, GeneratorConfig
 from stylegan.training import Curves, NonFiniteLoss, Process, TrainingConfig
 
@@ -265,6 +265,27 @@ def test_what_begins_from_another_model_says_why_it_cannot(
         steps = ["--backbone-epochs", "1", "--likelihood-steps", "1"]
         assert run_job(arguments(inputs, tmp_path / "model", *steps, *more)) == 2, why
         assert why in capsys.readouterr().err
+
+
+def test_captions_that_were_read_are_written_examples_or_unfit_ones(
+    inputs: Path, tmp_path: Path
+) -> None:
+    table = tmp_path / "read.csv"
+    rows = ["Such a watch!,Blue watch,1", "This watch are.,Blue watch,0", "So nice.,,1"]
+    table.write_text("\n".join(["text,description,fit", *rows]) + "\n")
+    voice = job.read_sentences([str(inputs / "sentences.txt"), str(table)])
+    people = job.read_sentences([str(inputs / "sentences.txt")])
+    assert [(x.text, x.description) for x in voice.written["colloquial"]] == [
+        ("such a watch!", "Blue watch")
+    ]
+    assert [(x.text, x.style) for x in voice.unfit] == [("this watch are.", "colloquial")]
+    assert voice.sentences == people.sentences and voice.background == people.background
+    products = [Product(3, "Blue watch")]
+    shown = voice.shown(voice.unfit * 200, products)
+    assert 0.7 < np.mean([x.image == 3 for x in shown]) < 1
+    table.write_text("text,description,fit\nSuch a watch!,Blue watch,maybe\n")
+    with pytest.raises(job.InputError, match="row 1 has fit 'maybe'"):
+        job.read_sentences([str(table)])
 
 
 def test_unknown_labels_do_not_train() -> None:
