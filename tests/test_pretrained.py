@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jobs import train
 from stylegan import corpora, metrics
 from stylegan.captioner import SHIPPED, Caption, Captioner
 from stylegan.samples import write_samples
@@ -93,3 +94,13 @@ def test_its_card_says_where_it_comes_from() -> None:
     assert 'pipeline_tag: "image-to-text"' in card
     for part in ("## Data", "CC0", "## Measured quality", "jobs.train"):
         assert part in card, Path(SHIPPED / "README.md")
+
+
+def test_what_was_read_is_a_table_that_training_reads() -> None:
+    judged = str(SHIPPED / "judged.csv.gz")
+    verdicts = train.read_judged(judged)
+    voice = train.read_sentences([judged])
+    known = len(voice.written["colloquial"]) + len(voice.unfit)
+    assert 60_000 < known <= len(verdicts) == len({text for text, _ in verdicts})
+    assert sum(fit for _, fit in verdicts) >= len(voice.written["colloquial"])
+    assert not voice.sentences["colloquial"] and not voice.background

@@ -228,8 +228,11 @@ def test_loss_counts_each_token_once() -> None:
 def test_a_trained_model_plays_rounds(trained: Path, inputs: Path, tmp_path: Path) -> None:
     """It mostly recites, which weighs nothing: so many captions are drawn."""
     write_pretrained(tmp_path / "encoder", "encoder")
+    read = tmp_path / "read.csv"
+    read.write_text("text,description,fit\n" + "this watch are so.,blue watch,0\n" * 8)
     line = arguments(
         inputs, tmp_path / "model", "--start", str(trained), "--likelihood-steps", "0",
+        "--colloquial", str(read),
         "--adversarial-steps", "0", "--rounds", "2", "--round-captions", "6000", "--round-steps",
         "4", "--round-discriminator-steps", "4", "--discriminator", str(tmp_path / "encoder"),
     )  # fmt: skip
