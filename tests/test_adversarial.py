@@ -413,8 +413,8 @@ def _rank(rank: int, size: int, port: int, directory: str, weights: Any, rounds:
     told: dict[str, Any] = {"process": Process.current(), "curves": Curves(), "save": save}
     data = {"colloquial": SENTENCES[::2]}, torch.zeros(1, config.image_length, 64), Rules()
     if rounds:
-        few = replace(ROUNDS, rounds=rounds, round_captions=384, round_discriminator_steps=4,
-                      round_steps=4)  # fmt: skip
+        few = replace(ROUNDS, rounds=rounds, round_captions=768, round_discriminator_steps=4,
+                      round_steps=4, unfit_weight=0.1)  # fmt: skip
 
         def begin() -> Discriminator:
             return copy.deepcopy(discriminator)
