@@ -355,7 +355,6 @@ def train_rounds(
                 group["lr"] = config.adversarial_rate * warmup_cosine(step, steps)
             optimiser.zero_grad(set_to_none=True)
             total = torch.zeros((), device=device)
-            tokens = torch.ones((), device=device)
             for examples, weight in (
                 (anchor, config.likelihood_weight), ([fake.examples[i] for i in rows], 1.0),
             ):  # fmt: skip
