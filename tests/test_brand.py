@@ -130,11 +130,13 @@ def test_a_row_without_a_value_requires_nothing() -> None:
     ]  # fmt: skip
 
 
-WORDS = st.lists(st.sampled_from(["so", "cheap", "must", "have", "e", "r&b"]), min_size=1, max_size=30)
+GAPS = 30
+SPOKEN = st.sampled_from(["so", "cheap", "must", "have", "e", "r&b"])
+WORDS = st.lists(SPOKEN, min_size=1, max_size=GAPS)
 BETWEEN = st.sampled_from([" ", "-", " - ", ", ", ". ", "! ", "' ", "\u00a0", "—"])
 
 
-@given(WORDS, st.lists(BETWEEN, min_size=30, max_size=30))
+@given(WORDS, st.lists(BETWEEN, min_size=GAPS, max_size=GAPS))
 def test_what_stands_between_words_hides_none(words: list[str], between: list[str]) -> None:
     text = "".join(word + gap for word, gap in zip(words, between, strict=False))
     assert brand.says(text, " ".join(words))
