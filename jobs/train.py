@@ -150,10 +150,10 @@ class Voice:
 
         return [seen(example) for example in examples]
 
-    def rules(self) -> Rules:
+    def rules(self, tokenizer: Tokenizer | None = None) -> Rules:
         """The rules that captions obey."""
         voices = (*self.sentences.values(), *self.support.values())
-        return Rules.of(text for texts in voices for text in texts)
+        return Rules.of((text for texts in voices for text in texts), tokenizer)
 
 
 def read_table(uri: str) -> list[dict[str, str]]:
@@ -495,7 +495,7 @@ def fit(
     nn.Module.to(generator, process.device)
     generator.vision = generator.vision.to(memory_format=torch.channels_last)
     products = data.products[: data.num_train]
-    pairs, rules = data.voice.pairs(products, config.written_share), data.voice.rules()
+    pairs, rules = data.voice.pairs(products, config.written_share), data.voice.rules(tokenizer)
 
     def checkpoint(state: dict[str, Any]) -> None:
         # one dictionary for all that must survive

@@ -50,12 +50,14 @@ from stylegan.discriminator import hidden_ids
 from stylegan.generator import BOS, EOS, PAD, Generator
 from stylegan.images import decode_image
 from stylegan.rules import SHOPS, Rules, severity
+from stylegan.spelling import Spelling
 from stylegan.storage import patiently, resolve_filesystem
 
 TILE = 32  # rows of every forward pass, where there is memory for them
 SHIPPED = Path(__file__).parent / "pretrained"
 _FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
 SEEN = "training_text.safetensors"  # numbers of sentences and words, no text
+_NUMBERS = ("sentences", "words", "beginnings")  # in it, of `Rules`
 SURE = 0.9  # probability from which on a colour that was only seen may be said
 REFUSALS = 16  # tokens in a row that complete what is forbidden; then the candidate is given up
 OPENED = 4  # candidates that begin with the product's name, where none of the others named it
@@ -253,8 +255,8 @@ def save_model(directory: Path, captioner: Captioner) -> None:
         "rescale_factor": 1 / 255, "image_mean": config.image_mean, "image_std": config.image_std,
     }  # fmt: skip
     (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
-    numbers = {"sentences": sorted(rules.seen), "words": sorted(rules.words)}
-    tensors = {k: torch.tensor(values, dtype=torch.int64) for k, values in numbers.items()}
+    numbers = zip(_NUMBERS, (rules.seen, rules.words, rules.beginnings), strict=True)
+    tensors = {name: torch.tensor(sorted(v), dtype=torch.int64) for name, v in numbers}
     if captioner.frequency is not None:
         tensors["tokens"] = captioner.frequency.cpu()
     save_file(tensors, directory / SEEN)
@@ -288,6 +290,7 @@ class Captioner:
         self.device = device
         self.tile = TILE
         self.rules = rules or Rules()
+        self.spelling = Spelling(tokenizer, self.rules) if self.rules.beginnings else None
         self.frequency = None if frequency is None else frequency.to(device)
         self.critic = critic
         self.model_id = model_id
@@ -313,9 +316,7 @@ class Captioner:
                 Generator.from_pretrained(directory, dtype=torch.float32),
                 Tokenizer.from_file(str(directory / "tokenizer.json")),
                 Decoding(**{k: settings[k] for k in Decoding.__slots__ if k in settings}),
-                rules=Rules(
-                    numbers.get("sentences", frozenset()), numbers.get("words", frozenset())
-                ),
+                rules=Rules(*(numbers.get(name, frozenset()) for name in _NUMBERS)),
                 frequency=frequency,
                 critic=Critic.load(directory),
                 model_id=str(model) if model is not None else "stylegan-small",
@@ -701,8 +702,14 @@ class Captioner:
         idle = torch.arange(size, device=self.device) >= len(rows)
         watch = _Watch(self.tokenizer, [limits[row] for row in rows] if limits else [])
         forced = [(slot, openings[row]) for slot, row in enumerate(rows) if row in openings]
+        # a description may have a word that people do not use
+        spelling, begun = self.spelling if limits else None, [""] * size
 
         def choose(log_probs_BV: Tensor, step: int) -> Tensor:
+            if spelling:
+                allowed_BV = torch.from_numpy(np.stack([spelling.allowed(word) for word in begun]))
+                log_probs_BV = log_probs_BV.masked_fill(~allowed_BV.to(self.device), -torch.inf)
+
             def draw(p_BV: Tensor) -> Tensor:
                 tokens_B = _draw(p_BV, draws[:, step], greedy, decoding, self.frequency)
                 for slot, opening in forced:
@@ -710,7 +717,10 @@ class Captioner:
                         tokens_B[slot] = opening[step]
                 return tokens_B
 
-            return watch.choose(log_probs_BV, draw)
+            tokens_B = watch.choose(log_probs_BV, draw)
+            if spelling:
+                begun[:] = map(spelling.follow, begun, tokens_B.tolist())
+            return tokens_B
 
         ids_BT, scores_BT = self.generator.sample(prefix, mask, choose, longest, idle)
         tokens, log_probabilities = ids_BT.tolist(), scores_BT.tolist()
@@ -774,6 +784,12 @@ class _Watch:
                 break
             for place in pending:
                 log_probs_BV[place, tokens[place]] = -torch.inf
+            # of the few tokens that go on with a word, none may be left
+            stuck = [p for p in pending if not log_probs_BV[p].isfinite().any()]
+            if stuck:
+                self.given_up.update(stuck)
+                log_probs_BV[stuck] = 0.0
+                pending = [p for p in pending if p not in self.given_up]
             tokens_B = draw(log_probs_BV)  # a row that was allowed gets the same again
         self.given_up.update(pending)
         tokens = tokens_B.tolist()

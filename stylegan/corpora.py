@@ -776,14 +776,20 @@ def sentence_hash(text: str) -> int:
     """A 63-bit number of the sentence with its topic hidden: "this navy dress is so soft." and
     "this red skirt is so soft." have the same one."""
     hidden = re.sub(r"[^a-z' ]", "", lexicon().hide(normalise(text)))
-    return _number(" ".join(hidden.split()))
+    return text_number(" ".join(hidden.split()))
+
+
+def words_of(text: str) -> set[str]:
+    """The words of a text."""
+    return set(re.findall(r"[a-z']+", normalise(text)))
 
 
 def word_hashes(text: str) -> set[int]:
     """63-bit numbers of the words of a text."""
-    return {_number(word) for word in re.findall(r"[a-z']+", normalise(text))}
+    return set(map(text_number, words_of(text)))
 
 
-def _number(text: str) -> int:
+def text_number(text: str) -> int:
+    """63 bits that stand for a text, so that it need not be kept."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

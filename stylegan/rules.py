@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from tokenizers import Tokenizer
 
 from stylegan import corpora
 from stylegan.corpora import Concepts
@@ -48,20 +50,27 @@ class Rules:
 
     seen: numbers of its sentences (`corpora.sentence_hash`), none of which is to be delivered.
     words: numbers of the words that people use (`corpora.word_hashes`); empty: any may be said.
+    beginnings: numbers of what these words begin with, as a tokeniser cuts them (`spelling.py`);
+    empty: words are not watched while they are written.
     """
 
     seen: frozenset[int] = frozenset()
     words: frozenset[int] = frozenset()
+    beginnings: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, sentences: Iterable[str]) -> Rules:
+    def of(cls, sentences: Iterable[str], tokenizer: Tokenizer | None = None) -> Rules:
         """From the training sentences; a word that occurs only once in them counts as invented."""
-        counts: Counter[int] = Counter()
+        counts: Counter[str] = Counter()
         seen = set()
         for text in sentences:
-            counts.update(corpora.word_hashes(text))
+            counts.update(corpora.words_of(text))
             seen.add(corpora.sentence_hash(text))
-        return cls(frozenset(seen), frozenset(word for word, n in counts.items() if n > 1))
+        words = [word for word, n in counts.items() if n > 1]
+        return cls(
+            frozenset(seen), frozenset(map(corpora.text_number, words)),
+            _beginnings(words, tokenizer) if tokenizer else frozenset(),
+        )  # fmt: skip
 
     def faults(self, text: str, finished: bool, concepts: Concepts) -> frozenset[str]:
         """Names of the rules that a caption breaks; concepts: what is known of the product."""
@@ -83,6 +92,17 @@ class Rules:
             "copied": corpora.sentence_hash(text) in self.seen,
         }
         return frozenset(name for name, is_broken in broken.items() if is_broken)
+
+
+def _beginnings(words: Sequence[str], tokenizer: Tokenizer) -> frozenset[int]:
+    """What the words begin with where the tokeniser cuts them, after a space and after none."""
+    found = set[str]()
+    texts = [mark + word for word in words for mark in ("", "-")]
+    for encoding in tokenizer.encode_batch(texts):
+        for end in range(1, len(encoding.ids)):
+            text = tokenizer.decode(encoding.ids[:end]).lower()
+            found.update(re.findall(r"[a-z']+$", text))
+    return frozenset(map(corpora.text_number, found))
 
 
 def severity(faults: Iterable[str]) -> int:

@@ -31,6 +31,7 @@ from stylegan.captioner import (
     model_revision,
     save_model,
 )  # fmt: skip
+from stylegan.generator import EOS
 from stylegan.storage import resolve_filesystem
 
 
@@ -368,6 +369,24 @@ def test_no_token_completes_a_forbidden_phrase(captioner: Captioner) -> None:
     assert all(rules.allows(c.text or "") for c in written)
     assert sum(a != c.text for a, c in zip(texts, written, strict=True)) > 10
     assert captioner.caption(images[5:6], seed=[5], rules=rules) == [written[5]]
+
+
+def test_where_all_that_may_follow_is_forbidden_a_text_is_given_up(captioner: Captioner) -> None:
+    cheap = captioner.tokenizer.encode("cheap", add_special_tokens=False).ids
+    limits = [_Limits(BrandRules(("cheap",)), (), frozenset())] * 2
+    watch = _Watch(captioner.tokenizer, limits)
+    scores = torch.full((2, captioner.tokenizer.get_vocab_size()), -torch.inf)
+
+    def draw(log_probs_BV: torch.Tensor) -> torch.Tensor:
+        p_BV = log_probs_BV.softmax(-1)
+        assert not p_BV.isnan().any()
+        return p_BV.argmax(-1)
+
+    for token in cheap:
+        scores[0], scores[1] = -torch.inf, -1.0
+        scores[0, token] = 0.0  # the only one that goes on with a word
+        said = watch.choose(scores, draw)
+    assert said[0] == EOS and watch.given_up == {0}
 
 
 @pytest.mark.parametrize("before", [" such a", " such-", ' "', " /", ". "])
