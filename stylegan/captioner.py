@@ -704,10 +704,19 @@ class Captioner:
         forced = [(slot, openings[row]) for slot, row in enumerate(rows) if row in openings]
         # a description may have a word that people do not use
         spelling, begun = self.spelling if limits else None, [""] * size
+        free = {
+            slot
+            for slot, row in enumerate(rows)
+            if spelling and limits
+            and not spelling.knows_kinds(
+                [*limits[row].terms, self.tokenizer.decode(openings.get(row, []))]
+            )
+        }  # fmt: skip
 
         def choose(log_probs_BV: Tensor, step: int) -> Tensor:
             if spelling:
                 allowed_BV = torch.from_numpy(np.stack([spelling.allowed(word) for word in begun]))
+                allowed_BV[list(free)] = True
                 log_probs_BV = log_probs_BV.masked_fill(~allowed_BV.to(self.device), -torch.inf)
 
             def draw(p_BV: Tensor) -> Tensor:

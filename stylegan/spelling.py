@@ -9,6 +9,7 @@ on to, a word of the training text; probabilities are those of the model given t
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -71,6 +72,12 @@ class Spelling:
             allowed &= self._sound
             self._allowed[begun] = allowed if allowed.any() else np.ones_like(allowed)
         return self._allowed[begun]
+
+    def knows_kinds(self, texts: Iterable[str]) -> bool:
+        """Whether people use all words for kinds of products in the texts: where a shop or an
+        opening has another, it could not be written, or would go on to one of people's."""
+        forms = [m.form for t in texts for m in corpora.lexicon().mentions(t) if m.types]
+        return all(corpora.word_hashes(form) <= self._words for form in forms)
 
     def follow(self, begun: str, token: int) -> str:
         """The word that is being written after one more token."""

@@ -11,6 +11,7 @@ from tiny_model import write_tiny_model
 from tokenizers import Tokenizer
 
 from stylegan import corpora
+from stylegan.brand import BrandRules
 from stylegan.captioner import Captioner, Decoding, save_model
 from stylegan.generator import EOS
 from stylegan.rules import Rules
@@ -103,3 +104,29 @@ def test_the_embedded_corpus_can_be_written() -> None:
     tokenizer = corpora.train_tokenizer(corpus, 1500)
     spelling = Spelling(tokenizer, Rules.of(corpus * 2, tokenizer))
     assert all(written(spelling, [*tokenizer.encode(text).ids, EOS]) for text in corpus)
+
+
+def test_a_shops_own_name_for_the_kind_can_be_written() -> None:
+    corpus = [t for t in map(corpora.normalise, corpora.embedded_corpus()) if "anorak" not in t]
+    spelling = Spelling(
+        tokenizer := corpora.train_tokenizer(corpus, 1500), Rules.of(corpus, tokenizer)
+    )
+    assert spelling.knows_kinds(["Nike", "watch", "these shoes", "Kjøp"])
+    assert not spelling.knows_kinds(["Nike", "Anorak"])
+
+
+def test_a_required_kind_that_people_do_not_name(tmp_path: Path) -> None:
+    loose = Captioner.from_pretrained(write_tiny_model(tmp_path))
+    rules = Rules.of(["a pretty watch, a pretty watch."] * 2, loose.tokenizer)
+    captioner = Captioner(loose.generator, loose.tokenizer, Decoding(max_candidates=1), rules=rules)
+
+    def words(*terms: str) -> set[int]:
+        captions = captioner.caption(
+            [None] * 8, descriptions=["Blue anorak"] * 8, seed=range(8), terms=[terms] * 8,
+            rules=BrandRules(required_columns=("kind",)),
+        )  # fmt: skip
+        return corpora.word_hashes(" ".join(str(c.text).rsplit(" ", 1)[0] for c in captions))
+
+    known = rules.words | corpora.word_hashes("Nike and or with")  # "&", "/" and "w/" too
+    assert words("Nike") <= known
+    assert not words("Anorak") <= known
