@@ -718,6 +718,7 @@ class Captioner:
                 allowed_BV = torch.from_numpy(np.stack([spelling.allowed(word) for word in begun]))
                 allowed_BV[list(free)] = True
                 log_probs_BV = log_probs_BV.masked_fill(~allowed_BV.to(self.device), -torch.inf)
+                log_probs_BV = log_probs_BV.log_softmax(-1)  # given that it is a word
 
             def draw(p_BV: Tensor) -> Tensor:
                 tokens_B = _draw(p_BV, draws[:, step], greedy, decoding, self.frequency)

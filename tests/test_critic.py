@@ -59,7 +59,7 @@ def test_a_sentence_is_judged_by_itself_and_nothing_at_all_can_be(people: list[l
 
 
 def test_styles_are_judged_apart(people: list[list[int]]) -> None:
-    worn = worn_out(people, 300, 0)
+    worn = worn_out(people[:300], 300, 0)  # of the same things: nothing else tells them
     critic = Critic.fit({"a": people[:300], "b": worn}, {"a": worn, "b": people[:300]}, {})
     marked = [[77, 88, *people[0][2:]]]
     assert critic.log_odds(marked, "a") < 0 < critic.log_odds(marked, "b")

@@ -104,3 +104,12 @@ def test_what_was_read_is_a_table_that_training_reads() -> None:
     assert 60_000 < known <= len(verdicts) == len({text for text, _ in verdicts})
     assert sum(fit for _, fit in verdicts) >= len(voice.written["colloquial"])
     assert not voice.sentences["colloquial"] and not voice.background
+
+
+def test_what_was_rewritten_can_be_said_of_its_product() -> None:
+    voice = train.read_sentences([str(SHIPPED / "adapted.csv.gz")])
+    examples = voice.written["colloquial"]
+    assert len(examples) > 10_000 and not voice.unfit and not voice.sentences["colloquial"]
+    for example in examples:
+        assert corpora.is_sayable(example.text), example
+        assert not corpora.is_first_person(example.text), example

@@ -81,7 +81,7 @@ ROUNDS = [
 # the same with what was read and what was rewritten
 LAST = [*ROUNDS, "--round-steps", "450", "--adversarial-rate", "1.5e-4"]
 DELIVERED = [
-    "--temperature", "1.05", "--max-surprise", "5", "--selectivity", "2", "--max-candidates", "20",
+    "--temperature", "1.1", "--max-surprise", "5", "--selectivity", "2", "--max-candidates", "20",
     "--critic-captions", "12000",
 ]  # fmt: skip
 GAME = [
